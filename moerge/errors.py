@@ -1,0 +1,77 @@
+"""Errors of the library.
+
+MoergeError
+ ├─ HeaderInvalid       a safetensors header breaks a rule
+ ├─ ConfigInvalid       an adapter_config.json breaks a rule
+ ├─ AdapterInvalid      tensors and config do not fit together, or the kind is not supported
+ ├─ EncodedInvalid      an encoded file (compeft/1) breaks a numbered rule of its format
+ ├─ RecipeInvalid       a merge recipe is malformed: unknown method, unknown parameter, value out of range
+ ├─ ExpertsIncompatible experts of one recipe cannot be merged with each other
+ ├─ QueryInvalid        a routing query breaks a rule
+ ├─ IndexInvalid        vectors or a saved index do not fit what the routing index holds
+ └─ EncoderInvalid      the installed encoder is not the one known here
+
+Every error carries what was met, what was wanted and what to do about it, so that each door can show it.
+"""
+
+
+class MoergeError(Exception):
+    """Something the caller handed in is wrong, and this says what, where and what to do.
+
+    `pointer` names the field (a JSON pointer for configs and recipes, a tensor or file name otherwise),
+    `rule` the stable id of the broken rule where a format numbers its rules.
+    """
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        pointer: str = "",
+        met: object = None,
+        wanted: object = None,
+        remedy: str = "",
+        rule: str = "",
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.pointer = pointer
+        self.met = met
+        self.wanted = wanted
+        self.remedy = remedy
+        self.rule = rule
+
+
+class HeaderInvalid(MoergeError):
+    """A safetensors header is malformed or breaks one of the rules a hub adds to the format."""
+
+
+class ConfigInvalid(MoergeError):
+    """An adapter_config.json is not strict JSON, too large, or holds a value that no adapter can have."""
+
+
+class AdapterInvalid(MoergeError):
+    """Tensors and config disagree, a value is NaN or infinite, or this kind of adapter is not supported."""
+
+
+class EncodedInvalid(MoergeError):
+    """An encoded file breaks a rule of its format; `rule` says which."""
+
+
+class RecipeInvalid(MoergeError):
+    """A recipe names an unknown method or parameter, or a value outside its range."""
+
+
+class ExpertsIncompatible(MoergeError):
+    """The experts of one recipe have different bases, kinds or shapes."""
+
+
+class QueryInvalid(MoergeError):
+    """A routing query is empty, too long, or asks for more than is allowed."""
+
+
+class IndexInvalid(MoergeError):
+    """Vectors have the wrong width, a card too many examples, or a saved index is not what was saved."""
+
+
+class EncoderInvalid(MoergeError):
+    """The weights of the packaged encoder are not those that the vectors in use were made with."""

@@ -1,0 +1,240 @@
+"""Safetensors files, one tensor at a time: bfloat16 without torch, and the same bytes for the same tensors.
+
+Bytes are read with pread rather than mapped, because a mapped file that shrinks while it is read kills the process.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+
+from moerge.errors import HeaderInvalid
+from moerge.tensors import header
+from moerge.tensors.header import Header, Limits, TensorInfo
+
+Float32 = npt.NDArray[np.float32]
+UInt16 = npt.NDArray[np.uint16]
+Array = npt.NDArray[Any]
+
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _NUMPY.items() if name not in ("BF16", "U16")}
+_BLOCK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class BF16:
+    """Bfloat16 values as the uint16 bit patterns numpy can hold."""
+
+    bits: UInt16
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is made only when it is written, so that a large file never lies in memory as a whole."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], "Array | BF16"]
+
+
+Tensor = Array | BF16 | Lazy
+
+
+def to_bf16(values: npt.NDArray[np.floating[Any]]) -> UInt16:
+    """Float32 values to bfloat16 bits, rounded to nearest, ties to even, as torch does; NaN stays NaN."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding could carry a NaN of small payload into infinity, so NaNs become the one quiet NaN.
+    result: UInt16 = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    return result
+
+
+def from_bf16(bits: UInt16) -> Float32:
+    """Bfloat16 bits to the float32 values they stand for, exactly."""
+    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_dtype(values: Float32, dtype: str) -> "Array | BF16":
+    """Float32 values as what `write` takes for the safetensors dtype F64, F32, F16 or BF16."""
+    return BF16(to_bf16(values)) if dtype == "BF16" else values.astype(_NUMPY[dtype])
+
+
+class SafetensorsFile:
+    """An open file whose header has been parsed strictly. A context manager; reads need no lock (pread)."""
+
+    def __init__(self, path: str | Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen record
+        self.path = Path(path)
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            size = os.fstat(self._descriptor).st_size
+            first = os.pread(self._descriptor, 8, 0)
+            head = first + self._read(8, header.claimed_bytes(first, size, limits) - 8)
+            self.header = header.parse(head, size, limits)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.header.metadata
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names, sorted."""
+        return tuple(sorted(self.header.tensors))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.header.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        return self.header.tensors[name]
+
+    def raw(self, name: str) -> bytes:
+        """The stored bytes of one tensor."""
+        info = self.header.tensors[name]
+        return self._read(self.header.data_start + info.start, info.end - info.start)
+
+    def array(self, name: str) -> Array:
+        """One tensor in its own dtype and shape; bfloat16 as uint16 bits."""
+        info = self.header.tensors[name]
+        return np.frombuffer(self.raw(name), dtype=_NUMPY[info.dtype]).reshape(info.shape)
+
+    def float32(self, name: str) -> Float32:
+        """One tensor as a float32 array of its shape, writable and the caller's own."""
+        info = self.header.tensors[name]
+        return _as_float32(self.raw(name), info.dtype).reshape(info.shape)
+
+    def block(self, name: str, start: int, count: int) -> Float32:
+        """Values `start` to `start + count` of the flattened tensor as float32; shorter at its end."""
+        info = self.header.tensors[name]
+        item = header.ITEM_BYTES[info.dtype]
+        count = max(0, min(count, info.size - start))
+        return _as_float32(self._read(self.header.data_start + info.start + start * item, count * item), info.dtype)
+
+    def _read(self, offset: int, count: int) -> bytes:
+        parts = []
+        while count > 0:
+            part = os.pread(self._descriptor, count, offset)
+            if not part:
+                raise HeaderInvalid(
+                    f"{self.path.name} became shorter while it was read.", pointer=self.path.name, rule="T1",
+                    met=f"the end at byte {offset}", wanted=f"{count} more bytes", remedy="Upload the file again.",
+                )  # fmt: skip
+            parts.append(part)
+            offset += len(part)
+            count -= len(part)
+        return b"".join(parts) if len(parts) != 1 else parts[0]
+
+
+def open_file(path: str | Path, limits: Limits = Limits()) -> SafetensorsFile:  # noqa: B008 - frozen record
+    """Open a safetensors file and parse its header strictly. Raises HeaderInvalid, OSError."""
+    return SafetensorsFile(path, limits)
+
+
+def check_agreement(path: str | Path, parsed: Header) -> None:
+    """Hand the same file to the safetensors library and compare: names, dtypes, shapes and metadata must be equal.
+
+    A file that two readers understand differently can show one thing to a checker and another to its users.
+    Raises HeaderInvalid when the library refuses the file or differs.
+    """
+    try:
+        with safetensors.safe_open(str(path), framework="np") as other:
+            metadata = dict(other.metadata() or {})
+            slices = {name: other.get_slice(name) for name in other.keys()}  # noqa: SIM118 - not a mapping
+            theirs = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise HeaderInvalid(
+            f"The safetensors library refuses the file: {error}", pointer="header", met=str(error), rule="T3",
+            wanted="a file that the reference reader opens", remedy="Save the adapter again with save_pretrained.",
+        ) from error  # fmt: skip
+    ours = {name: (info.dtype, info.shape) for name, info in parsed.tensors.items()}
+    if ours != theirs or metadata != parsed.metadata:
+        name = next((n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)), "__metadata__")
+        raise HeaderInvalid(
+            "Two readers understand the header differently.", pointer=name, met=str(theirs.get(name)), rule="T3",
+            wanted=str(ours.get(name)), remedy="Save the adapter again with save_pretrained.",
+        )  # fmt: skip
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors (name -> numpy array, BF16 or Lazy) as safetensors; the same input gives the same bytes.
+
+    Wide dtypes come first and names are sorted, as the reference writer does, so that every tensor lies aligned.
+    """
+    claims = {name: _claim(tensor) for name, tensor in tensors.items()}
+    order = sorted(claims, key=lambda name: (-header.ITEM_BYTES[claims[name][0]], name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in order:
+        dtype, shape = claims[name]
+        end = position + prod(shape) * header.ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            stream.write(_bytes(name, tensors[name], claims[name]))
+
+
+def sha256(path: str | Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def float32_blocks(file: SafetensorsFile, name: str, count: int = _BLOCK_BYTES // 4) -> Iterator[Float32]:
+    """The flattened tensor in pieces of `count` values, so that memory does not grow with the tensor."""
+    for start in range(0, file.info(name).size, count):
+        yield file.block(name, start, count)
+
+
+def _claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    if isinstance(tensor, Lazy):
+        return tensor.dtype, tensor.shape
+    if isinstance(tensor, BF16):
+        return "BF16", tensor.bits.shape
+    return _NAMES[tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype], tensor.shape
+
+
+def _bytes(name: str, tensor: Tensor, claim: tuple[str, tuple[int, ...]]) -> memoryview | bytes:
+    made = tensor.make() if isinstance(tensor, Lazy) else tensor
+    if _claim(made) != claim:
+        raise ValueError(f"{name} was announced as {claim} and made as {_claim(made)}")
+    values = made.bits if isinstance(made, BF16) else made
+    return np.ascontiguousarray(values, dtype=_NUMPY[claim[0]]).tobytes()
+
+
+def _as_float32(data: bytes, dtype: str) -> Float32:
+    values = np.frombuffer(data, dtype=_NUMPY[dtype])
+    return from_bf16(values) if dtype == "BF16" else values.astype(np.float32)
