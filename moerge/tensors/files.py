@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,13 @@ Float32 = npt.NDArray[np.float32]
 UInt16 = npt.NDArray[np.uint16]
 Array = npt.NDArray[Any]
 
-_NUMPY: dict[str, np.dtype[Any]] = {
+NUMPY: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _NUMPY.items() if name not in ("BF16", "U16")}
+_NAMES = {dtype: name for name, dtype in NUMPY.items() if name not in ("BF16", "U16")}
 _BLOCK_BYTES = 1 << 24
 
 
@@ -71,7 +71,7 @@ def from_bf16(bits: UInt16) -> Float32:
 
 def to_dtype(values: Float32, dtype: str) -> "Array | BF16":
     """Float32 values as what `write` takes for the safetensors dtype F64, F32, F16 or BF16."""
-    return BF16(to_bf16(values)) if dtype == "BF16" else values.astype(_NUMPY[dtype])
+    return BF16(to_bf16(values)) if dtype == "BF16" else values.astype(NUMPY[dtype])
 
 
 class SafetensorsFile:
@@ -126,7 +126,7 @@ class SafetensorsFile:
     def array(self, name: str) -> Array:
         """One tensor in its own dtype and shape; bfloat16 as uint16 bits."""
         info = self.header.tensors[name]
-        return np.frombuffer(self.raw(name), dtype=_NUMPY[info.dtype]).reshape(info.shape)
+        return np.frombuffer(self.raw(name), dtype=NUMPY[info.dtype]).reshape(info.shape)
 
     def float32(self, name: str) -> Float32:
         """One tensor as a float32 array of its shape, writable and the caller's own."""
@@ -190,6 +190,12 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
     Wide dtypes come first and names are sorted, as the reference writer does, so that every tensor lies aligned.
     """
+    with Path(path).open("wb") as stream:
+        dump(stream, tensors, metadata)
+
+
+def dump(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """What `write` writes, to an open binary stream."""
     claims = {name: _claim(tensor) for name, tensor in tensors.items()}
     order = sorted(claims, key=lambda name: (-header.ITEM_BYTES[claims[name][0]], name))
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -201,10 +207,9 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with Path(path).open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            stream.write(_bytes(name, tensors[name], claims[name]))
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        stream.write(_bytes(name, tensors[name], claims[name]))
 
 
 def sha256(path: str | Path) -> str:
@@ -232,9 +237,9 @@ def _bytes(name: str, tensor: Tensor, claim: tuple[str, tuple[int, ...]]) -> mem
     if _claim(made) != claim:
         raise ValueError(f"{name} was announced as {claim} and made as {_claim(made)}")
     values = made.bits if isinstance(made, BF16) else made
-    return np.ascontiguousarray(values, dtype=_NUMPY[claim[0]]).tobytes()
+    return np.ascontiguousarray(values, dtype=NUMPY[claim[0]]).tobytes()
 
 
 def _as_float32(data: bytes, dtype: str) -> Float32:
-    values = np.frombuffer(data, dtype=_NUMPY[dtype])
+    values = np.frombuffer(data, dtype=NUMPY[dtype])
     return from_bf16(values) if dtype == "BF16" else values.astype(np.float32)
