@@ -1,0 +1,271 @@
+"""Background work: asked for, claimed, kept alive, finished and swept, all through the Job row.
+
+The row is written in the transaction that needs the work and sent on commit; the message carries only the row's id. A worker claims
+the row with SKIP LOCKED and holds a lease; every later write carries its token, so that a worker that was thought dead cannot
+overwrite. A lost message is found by the sweeper.
+"""
+
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from celery import current_app
+from django.conf import settings
+from django.db import transaction
+from django.db.models import Q
+from django.utils import timezone
+from kombu.exceptions import OperationalError
+
+from registry.errors import HubError, Unavailable
+from registry.models import Job, Merge, Revision, User
+
+log = logging.getLogger(__name__)
+
+
+class JobKind(StrEnum):
+    """Every kind of background work; workers/jobs has a file for each. Values are stable data."""
+
+    CHECK = "check"
+    COMPRESS = "compress"
+    EMBED = "embed"
+    INDEX = "index"
+    MERGE = "merge"
+
+
+HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE})
+PIPELINE = (JobKind.CHECK, JobKind.COMPRESS, JobKind.EMBED, JobKind.INDEX)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A claimed job: who holds it and on what."""
+
+    job_id: str
+    kind: str
+    owner: str
+    revision_id: int | None
+    merge_id: str | None
+    parameters: dict[str, Any]
+
+
+def enqueue(
+    kind: JobKind,
+    *,
+    revision: Revision | None = None,
+    merge: Merge | None = None,
+    after: Job | None = None,
+    key: str = "",
+    parameters: dict[str, Any] | None = None,
+    user: User | None = None,
+) -> Job:
+    """Write a job in the caller's transaction and send it on commit; the same key is the same job."""
+    subject = f"r{revision.pk}" if revision else f"m{merge.pk}" if merge else "hub"
+    job, is_new = Job.objects.get_or_create(
+        key=key or f"{kind}:{subject}",
+        defaults={
+            "kind": str(kind),
+            "revision": revision,
+            "merge": merge,
+            "after": after,
+            "parameters": parameters or {},
+            "requested_by": user,
+        },
+    )
+    if is_new and after is None:
+        transaction.on_commit(partial(send, job.pk, job.kind))
+    return job
+
+
+def enqueue_pipeline(revision: Revision, *, user: User | None = None) -> list[Job]:
+    """check → compress → embed → index for one revision; each starts when the one before has passed."""
+    jobs: list[Job] = []
+    for kind in PIPELINE:
+        jobs.append(enqueue(kind, revision=revision, after=jobs[-1] if jobs else None, user=user))
+    return jobs
+
+
+def send(job_id: str, kind: str, *, delay_seconds: int = 0) -> None:
+    """Hand a job's id to the queue. A broker that is down is logged; the sweeper sends the row later."""
+    queue = "heavy" if kind in HEAVY else "light"
+    try:
+        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(countdown=delay_seconds or None)
+    except (OperationalError, OSError) as error:
+        log.warning("The queue did not take a job; the sweeper will send it.", extra={"job.id": job_id, "error": str(error)})
+        return
+    Job.objects.filter(pk=job_id).update(sent_at=timezone.now())
+
+
+def claim(job_id: str) -> Lease | None:
+    """Take a job that nobody holds and whose predecessor has passed; None when it is not to be had."""
+    now = timezone.now()
+    with transaction.atomic():
+        row = (
+            Job.objects.select_for_update(skip_locked=True, of=("self",))
+            .filter(pk=job_id)
+            .filter(Q(after=None) | Q(after__state__in=Job.PASSED))
+            .filter(Q(state=Job.State.QUEUED) | Q(state=Job.State.RUNNING, lease_until__lt=now))
+            .first()
+        )
+        if row is None:
+            return None
+        if row.attempt >= settings.HUB_JOB_MAX_ATTEMPTS:
+            _close(row, Job.State.FAILED, error=_worn_out(row))
+            return None
+        row.state = Job.State.RUNNING
+        row.owner = secrets.token_hex(16)
+        row.attempt += 1
+        row.lease_until = now + timedelta(seconds=settings.HUB_JOB_LEASE_SECONDS)
+        row.started_at = row.started_at or now
+        row.save(update_fields=["state", "owner", "attempt", "lease_until", "started_at"])
+        if row.merge_id and row.kind == JobKind.MERGE:
+            Merge.objects.filter(pk=row.merge_id).update(state=Merge.State.RUNNING)
+    return Lease(row.pk, row.kind, row.owner, row.revision_id, row.merge_id, row.parameters)
+
+
+def heartbeat(lease: Lease, *, progress: float | None = None, message: str | None = None) -> bool:
+    """Extend the lease and tell progress; False when the lease is lost or a cancel was asked for: stop then."""
+    changes: dict[str, Any] = {"lease_until": timezone.now() + timedelta(seconds=settings.HUB_JOB_LEASE_SECONDS)}
+    if progress is not None:
+        changes["progress"] = min(1.0, max(0.0, progress))
+    if message is not None:
+        changes["message"] = message[:300]
+    return held(lease).filter(cancel_requested=False).update(**changes) == 1
+
+
+def held(lease: Lease) -> "Any":
+    """The rows (one or none) that this lease may still write."""
+    return Job.objects.filter(pk=lease.job_id, owner=lease.owner, state=Job.State.RUNNING)
+
+
+def finish(lease: Lease, *, state: str = Job.State.DONE, result: dict[str, Any] | None = None, message: str = "") -> bool:
+    """Close a job that passed and start what waited for it; False when the lease was lost."""
+    with transaction.atomic():
+        row = held(lease).select_for_update(of=("self",)).first()
+        if row is None:
+            return False
+        _close(row, state, result=result, message=message)
+    return True
+
+
+def fail(lease: Lease, error: dict[str, Any]) -> bool:
+    """Close a job that cannot succeed, and all that waits for it."""
+    with transaction.atomic():
+        row = held(lease).select_for_update(of=("self",)).first()
+        if row is None:
+            return False
+        _close(row, Job.State.FAILED, error=error)
+    return True
+
+
+def postpone(lease: Lease, *, seconds: int, reason: str) -> None:
+    """Give a job back for a later try because something it needs is away; this does not count as an attempt.
+
+    A job that has waited HUB_JOB_MAX_SECONDS in all fails with the last reason.
+    """
+    with transaction.atomic():
+        row = held(lease).select_for_update(of=("self",)).first()
+        if row is None:
+            return
+        if timezone.now() - row.created_at > timedelta(seconds=settings.HUB_JOB_MAX_SECONDS):
+            _close(row, Job.State.FAILED, error=Unavailable(reason).as_dict())
+            return
+        row.state, row.owner, row.lease_until, row.message = Job.State.QUEUED, "", None, reason[:300]
+        row.attempt -= 1
+        row.save(update_fields=["state", "owner", "lease_until", "message", "attempt"])
+        transaction.on_commit(partial(send, row.pk, row.kind, delay_seconds=seconds))
+
+
+def cancel(job: Job) -> None:
+    """Ask a job to stop; one that nobody holds stops at once."""
+    with transaction.atomic():
+        row = Job.objects.select_for_update().get(pk=job.pk)
+        if row.state == Job.State.QUEUED:
+            _close(row, Job.State.CANCELLED, message="Cancelled before it started.")
+        elif row.state == Job.State.RUNNING:
+            row.cancel_requested = True
+            row.save(update_fields=["cancel_requested"])
+
+
+def retry(jobs: Iterable[Job]) -> None:
+    """Open failed or cancelled jobs again, as after an outage."""
+    with transaction.atomic():
+        for job in jobs:
+            Job.objects.filter(pk=job.pk, state__in=[Job.State.FAILED, Job.State.CANCELLED]).update(
+                state=Job.State.QUEUED,
+                attempt=0,
+                error=None,
+                owner="",
+                lease_until=None,
+                cancel_requested=False,
+                finished_at=None,
+                progress=0.0,
+                message="",
+            )
+            if job.revision_id:
+                Revision.objects.filter(pk=job.revision_id).update(state=Revision.State.PROCESSING)
+            if job.after_id is None or Job.objects.filter(pk=job.after_id, state__in=Job.PASSED).exists():
+                transaction.on_commit(partial(send, job.pk, job.kind))
+
+
+def sweep() -> int:
+    """Send again what nobody took in time and what a dead worker held; returns how many were sent."""
+    now = timezone.now()
+    waited = now - timedelta(seconds=settings.HUB_JOB_SWEEP_SECONDS)
+    startable = Q(after=None) | Q(after__state__in=Job.PASSED)
+    lost = Q(state=Job.State.QUEUED, created_at__lt=waited) & (Q(sent_at=None) | Q(sent_at__lt=waited))
+    dead = Q(state=Job.State.RUNNING, lease_until__lt=now)
+    rows = Job.objects.filter(startable & (lost | dead)).values_list("pk", "kind")[:1000]
+    for job_id, kind in rows:
+        send(job_id, kind)
+    return len(rows)
+
+
+def _worn_out(row: Job) -> dict[str, Any]:
+    return HubError(
+        f"The job was tried {row.attempt} times and its worker died or gave up each time. Last word: {row.message or 'none'}"
+    ).as_dict()
+
+
+def _close(
+    row: Job,
+    state: str,
+    *,
+    result: dict[str, Any] | None = None,
+    error: dict[str, Any] | None = None,
+    message: str = "",
+) -> None:
+    """Write the end of a job inside the caller's transaction, then wake or cancel what waits for it."""
+    row.state, row.result, row.error, row.message = state, result, error, message[:300]
+    row.finished_at, row.lease_until, row.owner = timezone.now(), None, ""
+    if state in Job.PASSED:
+        row.progress = 1.0
+    row.save()
+    if state in Job.PASSED:
+        for waiting in row.next_jobs.filter(state=Job.State.QUEUED):
+            transaction.on_commit(partial(send, waiting.pk, waiting.kind))
+    else:
+        for waiting in row.next_jobs.filter(state=Job.State.QUEUED):
+            _close(waiting, Job.State.CANCELLED, message=f"Not started: {row.kind} did not pass.")
+    _settle_subject(row)
+
+
+def _settle_subject(row: Job) -> None:
+    """Bring the state of the revision or merge in line with its jobs."""
+    if row.merge_id and row.kind == JobKind.MERGE and row.state in {Job.State.FAILED, Job.State.CANCELLED}:
+        state = Merge.State.FAILED if row.state == Job.State.FAILED else Merge.State.CANCELLED
+        Merge.objects.filter(pk=row.merge_id).exclude(state=Merge.State.READY).update(
+            state=state, finished_at=row.finished_at
+        )
+    if row.revision_id is None:
+        return
+    states = set(Job.objects.filter(revision_id=row.revision_id, kind__in=PIPELINE).values_list("state", flat=True))
+    revision = Revision.objects.filter(pk=row.revision_id).exclude(state=Revision.State.INCOMPLETE)
+    if Job.State.FAILED in states:
+        revision.update(state=Revision.State.FAILED)
+    elif states <= set(Job.PASSED):
+        revision.update(state=Revision.State.READY)

@@ -1,0 +1,36 @@
+"""The rows of the hub. PostgreSQL holds the truth; index, compressed forms and counters can be rebuilt from it."""
+
+from registry.models.accounts import ApiKey, AuditEvent, Membership, Namespace, User
+from registry.models.bases import BaseAlias, BaseModel
+from registry.models.experts import Blob, Encoded, Evaluation, Expert, File, Ref, Revision
+from registry.models.jobs import Job
+from registry.models.merges import Merge, MergeParent, Method, Recipe
+from registry.models.routing import Embedding, RoutingChange, RoutingClock
+from registry.models.uploads import Upload, UploadFile
+
+__all__ = [
+    "ApiKey",
+    "AuditEvent",
+    "BaseAlias",
+    "BaseModel",
+    "Blob",
+    "Embedding",
+    "Encoded",
+    "Evaluation",
+    "Expert",
+    "File",
+    "Job",
+    "Membership",
+    "Merge",
+    "MergeParent",
+    "Method",
+    "Namespace",
+    "Recipe",
+    "Ref",
+    "Revision",
+    "RoutingChange",
+    "RoutingClock",
+    "Upload",
+    "UploadFile",
+    "User",
+]

@@ -1,0 +1,162 @@
+"""Every read that is more than a .get(): what a viewer may see, which revision a name means, which file it holds."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from django.contrib.auth.models import AnonymousUser
+from django.db.models import Count, Exists, OuterRef, QuerySet, Sum
+
+from registry.errors import ExpertNotFound, FileNotFound, JobNotFound, MergeNotFound, RevisionNotFound
+from registry.models import Blob, Encoded, Expert, File, Job, Membership, Merge, Ref, Revision, User
+
+Viewer = User | AnonymousUser | None
+COMMIT = re.compile(r"[0-9a-f]{40}")
+MERGES = "merges"  # the owner name under which every merge is a repository
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What owner/name means to a reader: an expert, or a merge that behaves like one."""
+
+    expert: Expert | None
+    merge: Merge | None
+
+    @property
+    def full_name(self) -> str:
+        return (self.expert or self.merge).full_name  # type: ignore[union-attr]
+
+    @property
+    def is_private(self) -> bool:
+        """Whether answers about it may be cached only by the caller."""
+        if self.expert is not None:
+            return self.expert.visibility == Expert.Visibility.PRIVATE
+        assert self.merge is not None
+        return self.merge.parents.exclude(revision__expert__visibility=Expert.Visibility.PUBLIC).exists()
+
+
+def expert(full_name: str, viewer: Viewer) -> Expert:
+    """The expert called owner/name. Raises ExpertNotFound when there is none or the viewer may not see it, alike."""
+    owner, _, name = full_name.partition("/")
+    found = (
+        Expert.objects.visible_to(viewer)
+        .select_related("namespace", "base_model")
+        .filter(namespace__name__iexact=owner, key=name.casefold())
+        .first()
+    )
+    if found is None:
+        raise ExpertNotFound(f"There is no expert {full_name[:200]!r} that you may see.")
+    return found
+
+
+def merge(merge_id: str, viewer: Viewer) -> Merge:
+    """A merge by its id, when the viewer may see every parent."""
+    found = Merge.objects.visible_to(viewer).select_related("recipe", "base_model").filter(pk=merge_id).first()
+    if found is None:
+        raise MergeNotFound(f"There is no merge {merge_id[:80]!r} that you may see.")
+    return found
+
+
+def repository(full_name: str, viewer: Viewer) -> Repository:
+    """An expert or a merge by the name that download clients use. Raises ExpertNotFound."""
+    owner, _, name = full_name.partition("/")
+    if owner != MERGES:
+        return Repository(expert(full_name, viewer), None)
+    try:
+        return Repository(None, merge(name, viewer))
+    except MergeNotFound as error:
+        raise ExpertNotFound(error.detail) from error
+
+
+def revision(repository: Repository, name: str = "main") -> Revision:
+    """The revision that a branch, a tag or a full commit names. Raises RevisionNotFound.
+
+    `merge--<id>` on an expert is not looked up here: services.merges knows whether the caller may have it.
+    """
+    found: Revision | None
+    if repository.merge is not None:
+        known = name in {"main", repository.merge.commit}
+        found = Revision.objects.filter(merge=repository.merge).first() if known else None
+    elif COMMIT.fullmatch(name):
+        found = Revision.objects.filter(expert=repository.expert, commit=name).first()
+    else:
+        ref = Ref.objects.filter(expert=repository.expert, name=name).select_related("revision").first()
+        found = ref.revision if ref else None
+    if found is None:
+        raise RevisionNotFound(f"{repository.full_name} has no revision {name[:80]!r}.")
+    return found
+
+
+def head(expert: Expert) -> Revision | None:
+    """The revision that `main` points at; None before the first commit."""
+    ref = Ref.objects.filter(expert=expert, name="main").select_related("revision").first()
+    return ref.revision if ref else None
+
+
+def file(revision: Revision, path: str) -> File:
+    """A file of a revision. Raises FileNotFound."""
+    found = File.objects.filter(revision=revision, path=path).select_related("blob").first()
+    if found is None:
+        raise FileNotFound(f"There is no file {path[:200]!r} in revision {revision.commit}.")
+    return found
+
+
+def encoded(revision: Revision) -> Encoded | None:
+    """The compressed form that the pipeline made."""
+    return Encoded.objects.filter(revision=revision).select_related("blob").order_by("created_at").first()
+
+
+def job(job_id: str, viewer: Viewer) -> Job:
+    """A job whose subject the viewer may see. Raises JobNotFound."""
+    found = Job.objects.filter(pk=job_id).select_related("revision__expert", "merge").first()
+    if found is not None and job_is_visible(found, viewer):
+        return found
+    raise JobNotFound(f"There is no job {job_id[:80]!r} that you may see.")
+
+
+def job_is_visible(job: Job, viewer: Viewer) -> bool:
+    if job.merge_id:
+        return Merge.objects.visible_to(viewer).filter(pk=job.merge_id).exists()
+    if job.revision is None:
+        return bool(viewer and viewer.is_staff)
+    if job.revision.merge_id:
+        return Merge.objects.visible_to(viewer).filter(pk=job.revision.merge_id).exists()
+    return Expert.objects.visible_to(viewer).filter(pk=job.revision.expert_id).exists()
+
+
+def may_write(user: Viewer, namespace_name: str) -> bool:
+    """Whether a user may publish under a namespace."""
+    if user is None or not user.is_authenticated:
+        return False
+    if user.is_staff:
+        return True
+    roles = (Membership.Role.WRITER, Membership.Role.OWNER)
+    return Membership.objects.filter(user_id=user.pk, namespace__name__iexact=namespace_name, role__in=roles).exists()
+
+
+def may_read_blob(user: Viewer, sha256: str) -> bool:
+    """Whether the caller can already read some file with this digest; nobody else is told that it exists."""
+    files = File.objects.filter(blob_id=sha256)
+    of_expert = files.filter(revision__expert__in=Expert.objects.visible_to(user))
+    of_merge = files.filter(revision__merge__in=Merge.objects.visible_to(user))
+    return of_expert.exists() or of_merge.exists()
+
+
+def routable() -> QuerySet[Revision]:
+    """Heads of `main` that are ready on experts that are neither yanked nor deleted: what may be routed and merged by name."""
+    heads = Ref.objects.filter(name="main", revision=OuterRef("pk"))
+    return Revision.objects.filter(
+        Exists(heads), state=Revision.State.READY, expert__deleted_at=None, expert__yanked_at=None
+    )
+
+
+def figures() -> Iterator[tuple[str, dict[str, str], float]]:
+    """Figures of the hub for /metrics: name, labels, value."""
+    yield "hub_experts_count", {}, Expert.objects.filter(deleted_at=None).count()
+    for row in Job.objects.values("kind", "state").annotate(count=Count("pk")).order_by("kind", "state"):
+        yield "hub_jobs_count", {"kind": row["kind"], "state": row["state"]}, row["count"]
+    for row in Merge.objects.values("state").annotate(count=Count("pk")).order_by("state"):
+        yield "hub_merges_count", {"state": row["state"]}, row["count"]
+    blobs = Blob.objects.aggregate(count=Count("pk"), size=Sum("size_bytes"))
+    yield "hub_blobs_count", {}, blobs["count"]
+    yield "hub_blobs_size_bytes", {}, blobs["size"] or 0

@@ -1,0 +1,123 @@
+"""Bytes into storage: the row first, then the file, so that no file lies there without a row."""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from django.conf import settings
+from django.db import transaction
+from django.utils import timezone
+
+from registry import storage
+from registry.errors import Fault, TooLarge
+from registry.models import Blob
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Bytes that lie in the staging folder, counted and hashed while they were written."""
+
+    path: Path
+    sha256: str
+    git_sha1: str
+    size_bytes: int
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def staging_path() -> Path:
+    """A fresh name in the staging folder."""
+    folder = Path(settings.HUB_STAGING_DIR)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / secrets.token_hex(16)
+
+
+def stage(chunks: Iterable[bytes], *, limit_bytes: int, pointer: str = "") -> Staged:
+    """Write a stream to staging; one that grows past `limit_bytes` is cut there. Raises TooLarge."""
+    path = staging_path()
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with path.open("xb") as file:
+            for chunk in chunks:
+                size += len(chunk)
+                if size > limit_bytes:
+                    raise TooLarge(
+                        f"More than {limit_bytes} bytes arrived.",
+                        faults=[Fault(pointer, f"more than {limit_bytes} bytes", f"at most {limit_bytes} bytes")],
+                    )
+                digest.update(chunk)
+                file.write(chunk)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return Staged(path, digest.hexdigest(), git_sha1(path, size), size)
+
+
+def stage_bytes(data: bytes) -> Staged:
+    return stage([data], limit_bytes=len(data))
+
+
+def stage_file(path: Path) -> Staged:
+    """Hash a file that already lies in staging; it is taken as it is."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in chunks_of(file):
+            digest.update(chunk)
+    size = path.stat().st_size
+    return Staged(path, digest.hexdigest(), git_sha1(path, size), size)
+
+
+def git_sha1(path: Path, size_bytes: int) -> str:
+    """Git's id of a file: SHA-1 over the header and the bytes."""
+    digest = hashlib.sha1(f"blob {size_bytes}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        for chunk in chunks_of(file):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def chunks_of(file: BinaryIO) -> Iterable[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def keep(staged: Staged) -> Blob:
+    """Move staged bytes into storage and give their row. Call before, never inside, the transaction that refers to it.
+
+    The row is committed before the file appears. Until something refers to it, only the grace time protects it.
+    """
+    with transaction.atomic(durable=True):
+        blob, _ = Blob.objects.update_or_create(
+            sha256=staged.sha256,
+            defaults={"touched_at": timezone.now()},
+            create_defaults={
+                "sha256": staged.sha256,
+                "git_sha1": staged.git_sha1,
+                "size_bytes": staged.size_bytes,
+                "touched_at": timezone.now(),
+            },
+        )
+    storage.current().put(staged.path, staged.sha256)
+    return blob
+
+
+def touch(digests: Iterable[str]) -> None:
+    """Restart the grace time of blobs, inside the transaction that refers to them; locks their rows against the sweep."""
+    Blob.objects.filter(sha256__in=list(digests)).update(touched_at=timezone.now())
+
+
+def free_bytes() -> int:
+    """Room left on the disk that takes uploads."""
+    place = Path(settings.HUB_STAGING_DIR)
+    while not place.exists():
+        place = place.parent
+    stat = os.statvfs(place)
+    return stat.f_bavail * stat.f_frsize

@@ -1,0 +1,39 @@
+"""The Celery app: two queues, late acknowledgement, quick redelivery. Truth about a job is its row, not its message."""
+
+import os
+
+from celery import Celery
+from kombu import Queue
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+app = Celery("moerge")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.conf.update(
+    task_queues=[Queue("light"), Queue("heavy")],
+    task_default_queue="light",
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    worker_prefetch_multiplier=1,
+    task_ignore_result=True,
+    worker_hijack_root_logger=False,
+    worker_send_task_events=False,
+    broker_connection_retry_on_startup=True,
+    # Kombu looks for lost messages only every interval x throttle seconds; the defaults make that 100.
+    broker_transport_options={
+        "visibility_timeout": 4 * 3600,
+        "unacked_restore_interval": 2,
+        "unacked_restore_throttle": 1,
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+    },
+    broker_connection_timeout=2,
+    # The producer must give up quickly: the row is there, and the sweeper sends it later.
+    task_publish_retry=False,
+    imports=("workers.tasks",),
+    beat_schedule={
+        "sweep": {"task": "workers.sweep", "schedule": 10.0, "options": {"queue": "light", "expires": 30}},
+        "clean": {"task": "workers.clean", "schedule": 600.0, "options": {"queue": "light", "expires": 600}},
+    },
+)
