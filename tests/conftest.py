@@ -1,8 +1,26 @@
-"""What every run of the tests knows: its command-line options."""
+"""What every run of the tests knows: its command-line options, its servers and the settings of the project."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# Nothing of a hub on this machine may leak into a run, nor the other way round.
+os.environ.update(
+    DJANGO_SETTINGS_MODULE="config.settings",
+    HUB_HOME=tempfile.mkdtemp(prefix="moerge-test-home-"),
+    HUB_SECRET_KEY="tests-" + "0123456789" * 5,
+    HUB_ROUTER_SECRET="tests-router",
+    HUB_RATE_LIMITS="off",
+)
+
+pytest_plugins = ["tests.servers", "tests.suites"]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HUB_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

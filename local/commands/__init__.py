@@ -1,0 +1,1 @@
+"""The commands of `bin/`: each file is one of them."""
