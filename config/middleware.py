@@ -12,7 +12,10 @@ from registry import telemetry
 
 log = logging.getLogger("hub.request")
 ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
-POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self'; script-src 'self'; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
+)
 
 
 class RequestContext:

@@ -1,4 +1,7 @@
-"""Settings of the hub. Every value that an operator may change is read in config/env.py and described in docs/settings.md."""
+"""Settings of the hub.
+
+Every value that an operator may change is read through config/env.py and described in docs/settings.md.
+"""
 
 from pathlib import Path
 

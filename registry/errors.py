@@ -45,7 +45,9 @@ class HubError(Exception):
     status = 500
     title = "Internal error"
 
-    def __init__(self, detail: str = "", *, faults: Sequence[Fault] = (), retry_after_seconds: int | None = None) -> None:
+    def __init__(
+        self, detail: str = "", *, faults: Sequence[Fault] = (), retry_after_seconds: int | None = None
+    ) -> None:
         super().__init__(detail or self.title)
         self.detail = detail or self.title
         self.faults = tuple(faults)

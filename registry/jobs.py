@@ -1,8 +1,8 @@
 """Background work: asked for, claimed, kept alive, finished and swept, all through the Job row.
 
-The row is written in the transaction that needs the work and sent on commit; the message carries only the row's id. A worker claims
-the row with SKIP LOCKED and holds a lease; every later write carries its token, so that a worker that was thought dead cannot
-overwrite. A lost message is found by the sweeper.
+The row is written in the transaction that needs the work and sent on commit; the message carries only the row's id.
+A worker claims the row with SKIP LOCKED and holds a lease; every later write carries its token, so that a worker that
+was thought dead cannot overwrite. A lost message is found by the sweeper.
 """
 
 import logging
@@ -93,9 +93,13 @@ def send(job_id: str, kind: str, *, delay_seconds: int = 0) -> None:
     """Hand a job's id to the queue. A broker that is down is logged; the sweeper sends the row later."""
     queue = "heavy" if kind in HEAVY else "light"
     try:
-        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(countdown=delay_seconds or None)
+        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(
+            countdown=delay_seconds or None
+        )
     except (OperationalError, OSError) as error:
-        log.warning("The queue did not take a job; the sweeper will send it.", extra={"job.id": job_id, "error": str(error)})
+        log.warning(
+            "The queue did not take a job; the sweeper will send it.", extra={"job.id": job_id, "error": str(error)}
+        )
         return
     Job.objects.filter(pk=job_id).update(sent_at=timezone.now())
 
@@ -142,7 +146,9 @@ def held(lease: Lease) -> "Any":
     return Job.objects.filter(pk=lease.job_id, owner=lease.owner, state=Job.State.RUNNING)
 
 
-def finish(lease: Lease, *, state: str = Job.State.DONE, result: dict[str, Any] | None = None, message: str = "") -> bool:
+def finish(
+    lease: Lease, *, state: str = Job.State.DONE, result: dict[str, Any] | None = None, message: str = ""
+) -> bool:
     """Close a job that passed and start what waited for it; False when the lease was lost."""
     with transaction.atomic():
         row = held(lease).select_for_update(of=("self",)).first()
@@ -227,7 +233,7 @@ def sweep() -> int:
 
 def _worn_out(row: Job) -> dict[str, Any]:
     return HubError(
-        f"The job was tried {row.attempt} times and its worker died or gave up each time. Last word: {row.message or 'none'}"
+        f"The job was tried {row.attempt} times and its worker died each time. Last word: {row.message or 'none'}"
     ).as_dict()
 
 

@@ -143,7 +143,7 @@ def may_read_blob(user: Viewer, sha256: str) -> bool:
 
 
 def routable() -> QuerySet[Revision]:
-    """Heads of `main` that are ready on experts that are neither yanked nor deleted: what may be routed and merged by name."""
+    """Ready heads of `main` of experts neither yanked nor deleted: what may be routed, and merged by name."""
     heads = Ref.objects.filter(name="main", revision=OuterRef("pk"))
     return Revision.objects.filter(
         Exists(heads), state=Revision.State.READY, expert__deleted_at=None, expert__yanked_at=None

@@ -12,18 +12,20 @@ BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,~-]{0,126}")
 # First path segments of the site, of the Hub protocol, and words that pages to come may want.
 RESERVED_OWNERS = frozenset(
     """
-    about abuse account accounts admin administrator all anonymous api app apps ask assets auth badge badges base bases blob blobs blog
-    branch bucket buckets by-hash catalog catalogue cdn chat collection collections commit commits compare contact cookies crossdomain
-    dashboard dataset datasets docs download downloads email error errors evaluation evaluations experts explore export faq favicon
-    favicon.ico feed feedback file files gist guest healthz health help home hub hubs humans.txt import index info job jobs join kernel
-    kernels key keys legal licence licences license licenses lineage live login logout mail main me media member members merge merges
-    method methods metrics mirror model models moerge moderator news new none null oauth official org organisation organisations
-    organization organizations orgs owner packs page pages password ping policy post posts pricing privacy profile profiles project
-    projects public query queue raw readyz ready refs register registry repo repos report resolve revision revisions robots.txt root
-    route router routes routing rss save search security self server service session sessions settings setup share shop signin signout
-    signup site sitemap sitemap.xml space spaces static statistics stats status store super support sysadmin system tag tags task tasks
-    team teams telemetry terms test token tokens tools tree undefined update updates upload uploads user username users v1 v2 verify
-    version versions void webhook webhooks webmaster well-known wiki www xet
+    about abuse account accounts admin administrator all anonymous api app apps ask assets auth badge badges base
+    bases blob blobs blog branch bucket buckets by-hash catalog catalogue cdn chat collection collections commit
+    commits compare contact cookies crossdomain dashboard dataset datasets docs download downloads email error
+    errors evaluation evaluations experts explore export faq favicon favicon.ico feed feedback file files gist guest
+    healthz health help home hub hubs humans.txt import index info job jobs join kernel kernels key keys legal
+    licence licences license licenses lineage live login logout mail main me media member members merge merges
+    method methods metrics mirror model models moerge moderator news new none null oauth official org organisation
+    organisations organization organizations orgs owner packs page pages password ping policy post posts pricing
+    privacy profile profiles project projects public query queue raw readyz ready refs register registry repo repos
+    report resolve revision revisions robots.txt root route router routes routing rss save search security self
+    server service session sessions settings setup share shop signin signout signup site sitemap sitemap.xml space
+    spaces static statistics stats status store super support sysadmin system tag tags task tasks team teams
+    telemetry terms test token tokens tools tree undefined update updates upload uploads user username users v1 v2
+    verify version versions void webhook webhooks webmaster well-known wiki www xet
     """.split()
 )
 LOOKALIKES = str.maketrans({"l": "1", "i": "1", "o": "0", ".": "", "_": "", "-": ""})
@@ -46,7 +48,8 @@ def check_part(part: str, *, pointer: str) -> None:
                 Fault(
                     pointer,
                     part[:100],
-                    "1 to 96 of A-Z a-z 0-9 . _ -, starting and ending with a letter or digit, without -- or .., not ending in .git",
+                    "1 to 96 of A-Z a-z 0-9 . _ -, starting and ending with a letter or digit, "
+                    "without -- or .., not ending in .git",
                     "Choose a name of these characters.",
                 )
             ],

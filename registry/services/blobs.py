@@ -110,7 +110,7 @@ def keep(staged: Staged) -> Blob:
 
 
 def touch(digests: Iterable[str]) -> None:
-    """Restart the grace time of blobs, inside the transaction that refers to them; locks their rows against the sweep."""
+    """Restart the grace time of blobs inside the transaction that refers to them; this locks them against the sweep."""
     Blob.objects.filter(sha256__in=list(digests)).update(touched_at=timezone.now())
 
 

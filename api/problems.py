@@ -1,0 +1,119 @@
+"""Errors as problem+json (RFC 9457): the only place that turns a HubError into an HTTP answer."""
+
+import logging
+from typing import Any
+
+from django.db import InterfaceError, OperationalError
+from django.http import Http404, JsonResponse
+from django.http.request import RawPostDataException, UnreadablePostError
+from rest_framework import exceptions
+from rest_framework.response import Response
+
+from moerge.errors import MoergeError
+from registry import telemetry
+from registry.errors import (
+    Fault,
+    HubError,
+    Invalid,
+    NotAllowed,
+    NotFound,
+    RateExceeded,
+    RequestInvalid,
+    RequestMalformed,
+    StorageUnavailable,
+    Unauthenticated,
+    Unavailable,
+)
+
+log = logging.getLogger(__name__)
+CONTENT_TYPE = "application/problem+json"
+
+
+def record(error: HubError) -> dict[str, Any]:
+    """The body of the answer."""
+    return {
+        "type": f"/docs/errors#{error.code}",
+        **error.as_dict(),
+        "request_id": telemetry.request_id.get(),
+    }
+
+
+def headers(error: HubError) -> dict[str, str]:
+    found = {}
+    if error.retry_after_seconds is not None:
+        found["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, Unauthenticated):
+        found["WWW-Authenticate"] = 'Bearer realm="moerge"'
+    if (offset := getattr(error, "offset", None)) is not None:
+        found["Upload-Offset"] = str(offset)
+    return found
+
+
+def answer(error: HubError) -> JsonResponse:
+    """For plain Django views."""
+    body = record(error)
+    if (offset := getattr(error, "offset", None)) is not None:
+        body["offset"] = offset
+    return JsonResponse(body, status=error.status, content_type=CONTENT_TYPE, headers=headers(error))
+
+
+def handle(error: Exception, _context: dict[str, Any]) -> Response | JsonResponse | None:
+    """DRF's exception handler. A bug becomes a 500 without detail; the log has the rest under the request id."""
+    return answer(translate(error))
+
+
+def translate(error: Exception) -> HubError:
+    """Any failure as one of ours."""
+    if isinstance(error, HubError):
+        return error
+    if isinstance(error, MoergeError):
+        return Invalid.of(error)
+    if isinstance(error, Http404 | exceptions.NotFound):
+        return NotFound("There is nothing at this address.")
+    if isinstance(error, exceptions.APIException):
+        return of_framework(error)
+    if isinstance(error, RawPostDataException | UnreadablePostError):
+        return RequestMalformed("The body of the request ended early.")
+    if isinstance(error, OperationalError | InterfaceError):
+        log.warning("The database did not answer a request.", extra={"error.detail": str(error)})
+        return Unavailable("The database does not answer.", retry_after_seconds=2)
+    if isinstance(error, OSError):
+        log.error("The disk or a socket failed during a request.", exc_info=error)
+        return StorageUnavailable(f"The storage does not answer: {error.strerror or 'an error of the disk'}.")
+    log.error("A request broke.", exc_info=error)
+    return HubError("An error of the hub; the log has it under this request id.")
+
+
+def of_framework(error: exceptions.APIException) -> HubError:
+    """DRF's own errors, translated once, here."""
+    if isinstance(error, exceptions.ValidationError):
+        return RequestInvalid("The request breaks a rule.", faults=list(faults(error.detail)))
+    if isinstance(error, exceptions.ParseError):
+        return RequestMalformed(f"The body is not valid JSON: {error.detail}")
+    if isinstance(error, exceptions.NotAuthenticated | exceptions.AuthenticationFailed):
+        return Unauthenticated(str(error.detail))
+    if isinstance(error, exceptions.PermissionDenied):
+        return NotAllowed(str(error.detail))
+    if isinstance(error, exceptions.Throttled):
+        wait = int(error.wait or 1) + 1
+        return RateExceeded(f"Too many requests; try again in {wait} seconds.", retry_after_seconds=wait)
+    other = HubError(str(error.detail))
+    other.status = error.status_code
+    other.title = str(error.default_detail)
+    return other
+
+
+def faults(detail: Any, pointer: str = "") -> "list[Fault]":
+    """DRF's nested messages as a flat list with JSON pointers."""
+    if isinstance(detail, dict):
+        return [fault for key, inner in detail.items() for fault in faults(inner, f"{pointer}/{key}")]
+    if isinstance(detail, list):
+        inner = [part for part in detail if isinstance(part, dict | list)]
+        if inner:
+            return [fault for place, part in enumerate(detail) for fault in faults(part, f"{pointer}/{place}")]
+        return [Fault(pointer, None, str(message), "Correct this field.") for message in detail]
+    return [Fault(pointer, None, str(detail), "Correct this field.")]
+
+
+def not_found(_request: object, exception: Exception | None = None) -> JsonResponse:  # noqa: ARG001 - Django's signature
+    return answer(NotFound("There is nothing at this address."))
