@@ -7,6 +7,7 @@ HubError
  ├─ Invalid         UploadInvalid RecipeInvalid NameInvalid QueryInvalid BaseUnknown RequestInvalid
  ├─ TooLarge        a body, file or upload above its limit
  ├─ Conflict        NameTaken RevisionExists ExpertsIncompatible NotReady OffsetMismatch
+ ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
  └─ Unavailable     StorageUnavailable IndexNotReady QueueUnavailable (jobs retry these, and only these)
 
@@ -197,6 +198,15 @@ class OffsetMismatch(HubError):
     def __init__(self, detail: str, *, offset: int, faults: Sequence[Fault] = ()) -> None:
         super().__init__(detail, faults=faults)
         self.offset = offset
+
+
+class RangeUnsatisfiable(HubError):
+    status = 416
+    title = "The file has no such bytes"
+
+    def __init__(self, detail: str, *, size_bytes: int, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(detail, faults=faults)
+        self.size_bytes = size_bytes
 
 
 class ParentStale(HubError):

@@ -5,9 +5,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from django.contrib.auth.models import AnonymousUser
-from django.db.models import Count, Exists, OuterRef, QuerySet, Sum
+from django.contrib.postgres.search import SearchQuery, SearchVector
+from django.db.models import Count, Exists, OuterRef, Q, QuerySet, Sum
+from django.http import QueryDict
 
-from registry.errors import ExpertNotFound, FileNotFound, JobNotFound, MergeNotFound, RevisionNotFound
+from registry.errors import (
+    ExpertNotFound,
+    Fault,
+    FileNotFound,
+    JobNotFound,
+    MergeNotFound,
+    RequestInvalid,
+    RevisionNotFound,
+)
 from registry.models import Blob, Encoded, Expert, File, Job, Membership, Merge, Ref, Revision, User
 
 Viewer = User | AnonymousUser | None
@@ -136,10 +146,14 @@ def may_write(user: Viewer, namespace_name: str) -> bool:
 
 def may_read_blob(user: Viewer, sha256: str) -> bool:
     """Whether the caller can already read some file with this digest; nobody else is told that it exists."""
-    files = File.objects.filter(blob_id=sha256)
-    of_expert = files.filter(revision__expert__in=Expert.objects.visible_to(user))
-    of_merge = files.filter(revision__merge__in=Merge.objects.visible_to(user))
-    return of_expert.exists() or of_merge.exists()
+    return readable_files(user).filter(blob_id=sha256).exists()
+
+
+def readable_files(viewer: Viewer) -> QuerySet[File]:
+    """Files of experts and merges that the viewer may see."""
+    of_expert = Q(revision__expert__in=Expert.objects.visible_to(viewer))
+    of_merge = Q(revision__merge__in=Merge.objects.visible_to(viewer))
+    return File.objects.filter(of_expert | of_merge)
 
 
 def routable() -> QuerySet[Revision]:
@@ -160,3 +174,84 @@ def figures() -> Iterator[tuple[str, dict[str, str], float]]:
     blobs = Blob.objects.aggregate(count=Count("pk"), size=Sum("size_bytes"))
     yield "hub_blobs_count", {}, blobs["count"]
     yield "hub_blobs_size_bytes", {}, blobs["size"] or 0
+
+
+def files_with(sha256: str, viewer: Viewer) -> list[File]:
+    """Files with these bytes that the viewer may read, a hundred at most."""
+    rows = readable_files(viewer).filter(blob_id=sha256).order_by("revision_id", "path")
+    return list(rows.select_related("blob", "revision__expert__namespace", "revision__merge")[:100])
+
+
+def jobs_after(job: Job) -> list[Job]:
+    """The chain of jobs that waits for this one."""
+    found: list[Job] = []
+    waiting = list(job.next_jobs.all())
+    while waiting:
+        found += waiting
+        waiting = list(Job.objects.filter(after__in=waiting))
+    return found
+
+
+ORDERS = {
+    "updated": ("-updated_at", "-id"),
+    "created": ("-created_at", "-id"),
+    "downloads": ("-downloads", "-id"),
+    "name": ("namespace__name", "name", "id"),
+}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What somebody looks for in the catalogue; empty fields do not filter."""
+
+    text: str = ""
+    base_model: str = ""
+    owner: str = ""
+    tags: tuple[str, ...] = ()
+    licence: str = ""
+    kind: str = ""
+    sort: str = "updated"
+
+    @classmethod
+    def of(cls, query: QueryDict) -> "Search":
+        """From the query string of the API and of the search page. Raises RequestInvalid for an unknown order."""
+        sort = query.get("sort") or "updated"
+        if sort not in ORDERS:
+            raise RequestInvalid(
+                "This order is not known.", faults=[Fault("?sort", sort[:40], sorted(ORDERS), "Choose one of these.")]
+            )
+        words = {name: (query.get(name) or "").replace("\0", "").strip()[:200] for name in cls.__dataclass_fields__}
+        return cls(
+            text=(query.get("search") or query.get("q") or "").replace("\0", "").strip()[:500],
+            base_model=words["base_model"],
+            owner=words["owner"],
+            tags=tuple(tag.replace("\0", "")[:80] for tag in query.getlist("tag") if tag)[:16],
+            licence=words["licence"],
+            kind=words["kind"],
+            sort=sort,
+        )
+
+
+def search(viewer: Viewer, wanted: Search) -> QuerySet[Expert]:
+    """Experts that the viewer may see and that fit; yanked ones only by their owner's name."""
+    rows = Expert.objects.visible_to(viewer).select_related("namespace", "base_model")
+    if not wanted.owner:
+        rows = rows.filter(yanked_at=None)
+    if wanted.text:
+        document = SearchVector("description", config="english") + SearchVector("name", "tags", config="simple")
+        words = SearchQuery(wanted.text, config="english", search_type="websearch")
+        plain = SearchQuery(wanted.text, config="simple", search_type="websearch")
+        part = Q(name__icontains=wanted.text) | Q(namespace__name__iexact=wanted.text)
+        rows = rows.annotate(document=document).filter(Q(document=words) | Q(document=plain) | part)
+    if wanted.base_model:
+        key = wanted.base_model.casefold()
+        rows = rows.filter(Q(base_model__name__iexact=key) | Q(base_model__aliases__key=key)).distinct()
+    if wanted.owner:
+        rows = rows.filter(namespace__name__iexact=wanted.owner)
+    if wanted.tags:
+        rows = rows.filter(tags__contains=list(wanted.tags))
+    if wanted.licence:
+        rows = rows.filter(licence__iexact=wanted.licence)
+    if wanted.kind:
+        rows = rows.filter(adapter_kind__iexact=wanted.kind)
+    return rows.order_by(*ORDERS[wanted.sort])

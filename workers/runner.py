@@ -18,11 +18,11 @@ from registry.models import Job
 log = logging.getLogger(__name__)
 
 
-class NotApplicable(Exception):  # noqa: N818 - the word of the job's state
+class NotApplicable(Exception):
     """The subject has nothing for this kind of job to do; the message says why."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class Stopped(Exception):
     """The lease was lost or a cancel was asked for."""
 
 

@@ -1,0 +1,152 @@
+"""Experts: list, make, read, change, remove; their revisions; their compressed form."""
+
+from django.http import HttpResponseBase
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from api import pagination
+from api.authentication import require
+from api.v1 import records, schemas
+from api.v1.base import View
+from registry import selectors
+from registry.errors import FileNotFound, NotReady
+from registry.models import Revision
+from registry.services import downloads, experts
+
+LIST_PARAMETERS = [
+    OpenApiParameter("search", str, description="Words in name, description, examples or tags."),
+    OpenApiParameter("base_model", str, description="Name or alias of a base model."),
+    OpenApiParameter("owner", str),
+    OpenApiParameter("tag", str, many=True),
+    OpenApiParameter("licence", str),
+    OpenApiParameter("kind", str, description="Kind of adapter: LORA, IA3 …"),
+    OpenApiParameter("sort", str, enum=sorted(selectors.ORDERS)),
+    OpenApiParameter("limit", int),
+    OpenApiParameter("cursor", int),
+]
+
+
+class Experts(View):
+    """GET the catalogue, POST an empty expert."""
+
+    @extend_schema(
+        operation_id="experts_list",
+        parameters=LIST_PARAMETERS,
+        responses={200: schemas.ExpertPage, **schemas.problems(422)},
+    )
+    def get(self, request: Request) -> Response:
+        found = selectors.search(request.user, selectors.Search.of(request.query_params))
+        return Response(pagination.page(request, found, records.expert_row))
+
+    @extend_schema(
+        operation_id="experts_create",
+        request=schemas.ExpertCreate,
+        responses={201: schemas.ExpertRecord, **schemas.problems(400, 403, 409, 415, 422)},
+    )
+    def post(self, request: Request) -> Response:
+        user = require(request, "write")
+        body = schemas.ExpertCreate(data=request.data)
+        body.is_valid(raise_exception=True)
+        made = experts.create(
+            user=user, full_name=body.validated_data["expert"], private=body.validated_data["private"]
+        )
+        return Response(records.expert(made, None, request), status=201)
+
+
+class OneExpert(View):
+    """GET, PATCH, DELETE owner/name."""
+
+    @extend_schema(operation_id="experts_read", responses={200: schemas.ExpertRecord, **schemas.problems(404)})
+    def get(self, request: Request, owner: str, name: str) -> Response:
+        expert = selectors.expert(f"{owner}/{name}", request.user)
+        return Response(records.expert(expert, selectors.head(expert), request))
+
+    @extend_schema(
+        operation_id="experts_change",
+        request=schemas.ExpertChange,
+        responses={200: schemas.ExpertRecord, **schemas.problems(400, 403, 404, 415, 422)},
+    )
+    def patch(self, request: Request, owner: str, name: str) -> Response:
+        user = require(request, "write")
+        body = schemas.ExpertChange(data=request.data)
+        body.is_valid(raise_exception=True)
+        expert = selectors.expert(f"{owner}/{name}", user)
+        if "visibility" in body.validated_data:
+            experts.change_visibility(user=user, expert=expert, visibility=body.validated_data["visibility"])
+        if "yanked" in body.validated_data:
+            experts.yank(
+                user=user,
+                expert=expert,
+                yanked=body.validated_data["yanked"],
+                reason=body.validated_data.get("yank_reason", ""),
+            )
+        expert = selectors.expert(f"{owner}/{name}", user)
+        return Response(records.expert(expert, selectors.head(expert), request))
+
+    @extend_schema(
+        operation_id="experts_delete",
+        responses={204: OpenApiResponse(description="Deleted."), **schemas.problems(403, 404, 409)},
+    )
+    def delete(self, request: Request, owner: str, name: str) -> Response:
+        user = require(request, "write")
+        experts.delete(user=user, expert=selectors.expert(f"{owner}/{name}", user))
+        return Response(status=204)
+
+
+class Revisions(View):
+    """GET the revisions of an expert, newest first."""
+
+    @extend_schema(
+        operation_id="experts_revisions", responses={200: schemas.RevisionPage, **schemas.problems(404, 422)}
+    )
+    def get(self, request: Request, owner: str, name: str) -> Response:
+        expert = selectors.expert(f"{owner}/{name}", request.user)
+        rows = Revision.objects.filter(expert=expert).select_related("parent", "author").order_by("-id")
+        return Response(pagination.page(request, rows, records.revision_row))
+
+
+class OneRevision(View):
+    """GET an expert as it was at one revision: a branch, a tag or a full commit."""
+
+    @extend_schema(operation_id="experts_revision", responses={200: schemas.ExpertRecord, **schemas.problems(404)})
+    def get(self, request: Request, owner: str, name: str, revision: str) -> Response:
+        repository = selectors.repository(f"{owner}/{name}", request.user)
+        if repository.expert is None:
+            raise FileNotFound("A merge is read at /api/v1/merges/{id}.")
+        return Response(records.expert(repository.expert, selectors.revision(repository, revision), request))
+
+
+class Compressed(View):
+    """GET the compressed form of the head of main: one compeft/1 file, with ranges."""
+
+    @extend_schema(
+        operation_id="experts_compressed",
+        parameters=[
+            OpenApiParameter("revision", str, description="A branch, a tag or a full commit; main when left out.")
+        ],
+        responses={
+            (200, "application/octet-stream"): bytes,
+            (206, "application/octet-stream"): bytes,
+            304: OpenApiResponse(description="The copy that If-None-Match names is current."),
+            **schemas.problems(404, 409, 416),
+        },
+    )
+    def get(self, request: Request, owner: str, name: str) -> HttpResponseBase:
+        repository = selectors.repository(f"{owner}/{name}", request.user)
+        revision = selectors.revision(repository, request.query_params.get("revision") or "main")
+        encoded = selectors.encoded(revision)
+        if encoded is None:
+            if revision.state == Revision.State.PROCESSING:
+                raise NotReady("The compressed form is being made.", retry_after_seconds=2)
+            raise FileNotFound(
+                "This revision has no compressed form: it is incomplete, or its kind has nothing to compress."
+            )
+        return downloads.respond(
+            request._request,  # noqa: SLF001 - ranges and conditions are in the plain request
+            blob=encoded.blob,
+            etag=encoded.blob_id,
+            filename=f"{name}.compeft.safetensors",
+            commit=revision.commit,
+            is_private=repository.is_private,
+        )

@@ -1,0 +1,309 @@
+"""Shapes of requests and answers: requests are checked by these, answers documented by them."""
+
+from typing import Any
+
+from drf_spectacular.utils import OpenApiResponse
+from rest_framework import serializers as s
+
+from registry.models import ApiKey, Expert, Job, Merge
+
+
+class StrictSerializer(s.Serializer[Any]):
+    """A request whose unknown fields are refused by name, so that a misspelt one is never ignored."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, dict):
+            unknown = sorted(set(data) - set(self.fields))
+            if unknown:
+                known = ", ".join(sorted(self.fields))
+                raise s.ValidationError(dict.fromkeys(unknown, f"This field is not known. Known: {known}."))
+        return super().to_internal_value(data)
+
+
+class FaultRecord(s.Serializer[Any]):
+    pointer = s.CharField(help_text="The field: a JSON pointer, a file or tensor name, or a header.")
+    met = s.JSONField(allow_null=True)
+    wanted = s.JSONField(allow_null=True)
+    remedy = s.CharField(required=False)
+    rule = s.CharField(required=False)
+
+
+class Problem(s.Serializer[Any]):
+    """RFC 9457."""
+
+    type = s.CharField()
+    title = s.CharField()
+    status = s.IntegerField()
+    detail = s.CharField()
+    code = s.CharField()
+    request_id = s.CharField()
+    errors = FaultRecord(many=True)
+
+
+def problems(*statuses: int) -> dict[Any, OpenApiResponse]:
+    """The error answers of an operation. Every operation may also be throttled or meet a server that is away."""
+    meanings = {
+        400: "The body cannot be parsed.",
+        401: "No key, or a key that is not valid.",
+        403: "Known but not allowed.",
+        404: "Absent, or hidden from the caller.",
+        405: "This address does not know the method.",
+        409: "In conflict with the present state.",
+        412: "The branch has moved since.",
+        413: "Too large.",
+        415: "This media type is not taken here.",
+        416: "The range does not fit.",
+        422: "Well-formed but wrong.",
+        429: "Too many requests; Retry-After says when.",
+        500: "An error of the hub.",
+        503: "Something is away for the moment; Retry-After says when.",
+    }
+    wanted = sorted({*statuses, 401, 405, 429, 503})
+    return {
+        (status, "application/problem+json"): OpenApiResponse(Problem, description=meanings[status])
+        for status in wanted
+    }
+
+
+class ExpertRow(s.Serializer[Any]):
+    expert = s.CharField(help_text="owner/name")
+    visibility = s.ChoiceField(Expert.Visibility.choices)
+    base_model = s.CharField(allow_null=True)
+    description = s.CharField(allow_blank=True)
+    adapter_kind = s.CharField(allow_null=True)
+    rank = s.IntegerField(allow_null=True)
+    licence = s.CharField(allow_null=True)
+    tags = s.ListField(child=s.CharField())
+    downloads = s.IntegerField()
+    yanked = s.BooleanField()
+    created_at = s.DateTimeField()
+    updated_at = s.DateTimeField()
+
+
+class ExpertPage(s.Serializer[Any]):
+    items = ExpertRow(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class JobRecord(s.Serializer[Any]):
+    id = s.CharField()
+    kind = s.CharField()
+    state = s.ChoiceField(Job.State.choices)
+    progress = s.FloatField(help_text="Share done, 0 to 1.")
+    message = s.CharField(allow_blank=True)
+    error = s.JSONField(allow_null=True)
+    result = s.JSONField(allow_null=True)
+    attempt = s.IntegerField()
+    created_at = s.DateTimeField()
+    started_at = s.DateTimeField(allow_null=True)
+    finished_at = s.DateTimeField(allow_null=True)
+
+
+class FileRecord(s.Serializer[Any]):
+    path = s.CharField()
+    size = s.IntegerField(help_text="Bytes.")
+    sha256 = s.CharField()
+    url = s.CharField()
+
+
+class CompressedRecord(s.Serializer[Any]):
+    bytes = s.IntegerField()
+    original_bytes = s.IntegerField(help_text="The same tensors at two bytes a value.")
+    density = s.FloatField()
+    recipe = s.CharField(help_text="The ComPEFT preset.")
+    cosine = s.FloatField(allow_null=True)
+    sha256 = s.CharField()
+    report = s.JSONField()
+    url = s.CharField()
+
+
+class EvaluationRecord(s.Serializer[Any]):
+    dataset = s.CharField()
+    metric = s.CharField()
+    value = s.FloatField()
+    base_value = s.FloatField(allow_null=True)
+    row_count = s.IntegerField(allow_null=True)
+    source = s.CharField()
+
+
+class ExpertRecord(ExpertRow):
+    examples = s.ListField(child=s.CharField())
+    yank_reason = s.CharField(allow_null=True)
+    state = s.ChoiceField(["incomplete", "processing", "ready", "failed"])
+    revision = s.CharField(allow_null=True, help_text="Full commit of main.")
+    files = FileRecord(many=True)
+    jobs = JobRecord(many=True)
+    compressed = CompressedRecord(allow_null=True)
+    facts = s.JSONField()
+    evaluations = EvaluationRecord(many=True)
+
+
+class ExpertChange(StrictSerializer):
+    visibility = s.ChoiceField(Expert.Visibility.choices, required=False)
+    yanked = s.BooleanField(required=False)
+    yank_reason = s.CharField(required=False, allow_blank=True, max_length=300)
+
+
+class ExpertCreate(StrictSerializer):
+    expert = s.CharField(max_length=200, help_text="owner/name")
+    private = s.BooleanField(required=False, default=False)
+
+
+class RevisionRow(s.Serializer[Any]):
+    revision = s.CharField()
+    parent = s.CharField(allow_null=True)
+    state = s.CharField()
+    message = s.CharField(allow_blank=True)
+    author = s.CharField(allow_null=True)
+    created_at = s.DateTimeField()
+
+
+class RevisionPage(s.Serializer[Any]):
+    items = RevisionRow(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class RouteFilters(StrictSerializer):
+    owner = s.CharField(required=False, max_length=96)
+    tags = s.ListField(child=s.CharField(max_length=80), required=False, max_length=16)
+    licence = s.CharField(required=False, max_length=64)
+
+
+class RouteRequest(StrictSerializer):
+    text = s.CharField(required=False, trim_whitespace=False)
+    texts = s.ListField(child=s.CharField(trim_whitespace=False), required=False, min_length=1, max_length=32)
+    base_model = s.CharField(required=False, allow_null=True, max_length=200)
+    top_k = s.IntegerField(required=False, default=10, min_value=1, max_value=50)
+    filters = RouteFilters(required=False)
+    min_score = s.FloatField(required=False, allow_null=True, min_value=0, max_value=1)
+    min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
+    explain = s.BooleanField(required=False, default=False)
+    strategy = s.CharField(required=False, max_length=40)
+
+
+class RouteResult(s.Serializer[Any]):
+    expert = s.CharField()
+    revision = s.CharField()
+    score = s.FloatField()
+    confidence = s.ChoiceField(["high", "medium", "low"])
+    parts = s.JSONField()
+
+
+class RouteAnswer(s.Serializer[Any]):
+    results = RouteResult(many=True, required=False)
+    abstained = s.BooleanField(required=False)
+    answers = s.ListField(child=s.JSONField(), required=False, help_text="One answer for each of `texts`.")
+    index_seq = s.IntegerField()
+    embedding_model = s.CharField(allow_null=True)
+
+
+class MergeExpert(StrictSerializer):
+    expert = s.CharField(max_length=200)
+    revision = s.CharField(required=False, allow_null=True, max_length=200)
+    weight = s.JSONField(required=False, help_text="A finite number; 1 when left out.")
+
+
+class MergeOutput(StrictSerializer):
+    kind = s.CharField(required=False, max_length=20)
+    rank = s.JSONField(required=False, allow_null=True)
+
+
+class MergeRequest(s.Serializer[Any]):
+    """Checked in full by the recipe itself, which names method, parameter and range."""
+
+    base_model = s.CharField(required=False, allow_null=True)
+    method = s.CharField()
+    parameters = s.DictField(required=False)
+    seed = s.IntegerField(required=False)
+    experts = MergeExpert(many=True)
+    output = MergeOutput(required=False)
+
+
+class MergeParentRecord(s.Serializer[Any]):
+    expert = s.CharField(allow_null=True)
+    revision = s.CharField()
+    weight = s.FloatField()
+
+
+class MergeRecord(s.Serializer[Any]):
+    id = s.CharField()
+    digest = s.CharField()
+    state = s.ChoiceField(Merge.State.choices)
+    repo = s.CharField(help_text="The repository name that download clients use.")
+    commit = s.CharField(help_text="Known before the merge is computed.")
+    base_model = s.CharField()
+    method = s.CharField()
+    recipe = s.CharField(help_text="Canonical JSON.")
+    parents = MergeParentRecord(many=True)
+    job = JobRecord(allow_null=True)
+    report = s.JSONField()
+    files = FileRecord(many=True)
+    created_at = s.DateTimeField()
+    finished_at = s.DateTimeField(allow_null=True)
+
+
+class MergePage(s.Serializer[Any]):
+    items = MergeRecord(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class MethodRecord(s.Serializer[Any]):
+    family = s.CharField()
+    name = s.CharField()
+    version = s.CharField()
+    spec = s.JSONField()
+
+
+class MethodList(s.Serializer[Any]):
+    items = MethodRecord(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class KeyRequest(StrictSerializer):
+    name = s.CharField(max_length=80)
+    scopes = s.ListField(child=s.ChoiceField(ApiKey.SCOPES), min_length=1, max_length=8)
+    expires_at = s.DateTimeField(required=False, allow_null=True)
+
+
+class KeyRecord(s.Serializer[Any]):
+    id = s.IntegerField()
+    name = s.CharField()
+    prefix = s.CharField()
+    scopes = s.ListField(child=s.CharField())
+    created_at = s.DateTimeField()
+    expires_at = s.DateTimeField(allow_null=True)
+    last_used_at = s.DateTimeField(allow_null=True)
+
+
+class NewKeyRecord(KeyRecord):
+    key = s.CharField(help_text="Shown once, here.")
+
+
+class KeyPage(s.Serializer[Any]):
+    items = KeyRecord(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class BaseRequest(StrictSerializer):
+    name = s.CharField(max_length=200)
+    licence = s.CharField(required=False, allow_blank=True, max_length=64)
+    architecture = s.CharField(required=False, allow_blank=True, max_length=64)
+
+
+class BaseRecord(s.Serializer[Any]):
+    name = s.CharField()
+    architecture = s.CharField(allow_null=True)
+    licence = s.CharField(allow_null=True)
+    parameter_count = s.IntegerField(allow_null=True)
+    aliases = s.ListField(child=s.CharField())
+
+
+class BasePage(s.Serializer[Any]):
+    items = BaseRecord(many=True)
+    next = s.CharField(allow_null=True)
+
+
+class HashRecord(s.Serializer[Any]):
+    sha256 = s.CharField()
+    size = s.IntegerField()
+    found_in = s.ListField(child=s.JSONField())
