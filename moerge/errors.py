@@ -5,6 +5,7 @@ MoergeError
  ├─ ConfigInvalid       an adapter_config.json breaks a rule
  ├─ AdapterInvalid      tensors and config do not fit together, or the kind is not supported
  ├─ EncodedInvalid      an encoded file (compeft/1) breaks a numbered rule of its format
+ ├─ ParameterInvalid    a codec parameter is unknown or outside its range
  ├─ RecipeInvalid       a merge recipe is malformed: unknown method, unknown parameter, value out of range
  ├─ ExpertsIncompatible experts of one recipe cannot be merged with each other
  ├─ QueryInvalid        a routing query breaks a rule
@@ -55,6 +56,10 @@ class AdapterInvalid(MoergeError):
 
 class EncodedInvalid(MoergeError):
     """An encoded file breaks a rule of its format; `rule` says which."""
+
+
+class ParameterInvalid(MoergeError):
+    """A parameter of a codec is unknown, of the wrong type, or outside its range."""
 
 
 class RecipeInvalid(MoergeError):
