@@ -16,6 +16,11 @@ os.environ.update(
     HUB_RATE_LIMITS="off",
 )
 
+# Test files import models at their top, so Django must be set up before the first is collected.
+import django  # noqa: E402
+
+django.setup()
+
 pytest_plugins = ["tests.servers", "tests.suites"]
 
 
