@@ -1,0 +1,70 @@
+"""What every route strategy is made of: its SPEC, the query it is asked and the candidates it scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """A strategy in the catalogue.
+
+    Scores of two strategies are on different scales, so each brings its thresholds: below `min_score` the answer
+    is empty unless the caller sets another; from `medium` and from `high` on a hit is called so.
+    """
+
+    name: str
+    summary: str
+    needs_vector: bool
+    min_score: float
+    medium: float
+    high: float
+    paper: str = ""
+
+    def confidence(self, score: float) -> str:
+        """`high`, `medium` or `low` for a score of this strategy."""
+        if score >= self.high:
+            return "high"
+        return "medium" if score >= self.medium else "low"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Query:
+    """A question as text and, where an encoder is at hand, as unit vector (d,)."""
+
+    text: str
+    vector: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """The experts considered, as columns of equal length n.
+
+    s_ex: best cosine with an example (the description's where there is none); s_desc: cosine with the description;
+    s_cen: cosine with the examples' centroid (the description's where there is none); all 0 without query vector.
+    matched: position of the best example on the card, -1 where there is none or no query vector.
+    """
+
+    experts: tuple[str, ...]
+    s_ex: NDArray[np.float64]
+    s_desc: NDArray[np.float64]
+    s_cen: NDArray[np.float64]
+    bm25: NDArray[np.float64]
+    matched: NDArray[np.int64]
+    has_vector: bool = True
+
+
+# BM25 has no upper end. b / (b + 20) puts it on the scale of a cosine without looking at the other candidates,
+# so that one threshold holds for all queries; 20 was chosen on the development queries.
+BM25_HALF = 20.0
+
+
+def saturated(bm25: NDArray[np.float64]) -> NDArray[np.float64]:
+    """BM25 scores on a scale of 0 to 1: (n,) -> (n,)."""
+    return bm25 / (bm25 + BM25_HALF)
+
+
+def dense_score(candidates: Candidates) -> NDArray[np.float64]:
+    """D = 0.6 s_ex + 0.2 s_desc + 0.2 s_cen: (n,)."""
+    return 0.6 * candidates.s_ex + 0.2 * candidates.s_desc + 0.2 * candidates.s_cen

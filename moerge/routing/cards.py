@@ -1,0 +1,111 @@
+"""Card: what is known of an expert in words, and the texts that stand for it in the index."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moerge.errors import IndexInvalid
+
+MAX_EXAMPLES = 32
+_TOKEN = re.compile(r"[a-z0-9]+")
+_NAME_SEPARATORS = re.compile(r"[-_.]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One expert in words: its id, the base model it works on, and what its uploader wrote."""
+
+    expert: str
+    base_model: str
+    name: str
+    description: str = ""
+    examples: tuple[str, ...] = ()
+    revision: str = ""
+
+
+def tokens(text: str) -> list[str]:
+    """The words that BM25 compares: runs of ASCII letters and digits, lower-cased."""
+    return _TOKEN.findall(text.lower())
+
+
+def used_examples(card: Card) -> tuple[str, ...]:
+    """The examples that count: those with a visible character, at most the first 32."""
+    return tuple(text for text in card.examples if text.strip())[:MAX_EXAMPLES]
+
+
+def texts(card: Card) -> tuple[str, ...]:
+    """The texts to encode: first `name. description`, then one per used example.
+
+    Names of repositories write words with hyphens, which an encoder reads as signs of their own, so the name is
+    given in plain words.
+    """
+    return (f"{_NAME_SEPARATORS.sub(' ', card.name)}. {card.description}".strip(), *used_examples(card))
+
+
+def document(card: Card) -> str:
+    """The text that BM25 reads: name, description and examples, whole and uncut."""
+    return "\n".join((card.name, card.description, *used_examples(card)))
+
+
+def digest(card: Card) -> str:
+    """SHA-256 of the encoded texts: cards of equal digest have equal vectors."""
+    return hashlib.sha256(json.dumps(texts(card), ensure_ascii=True).encode()).hexdigest()
+
+
+def centroid(examples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Normalised mean of the example vectors: (n, d) -> (d,); opposite examples give the zero vector."""
+    mean = examples.mean(axis=0, dtype=np.float64)
+    length = float(np.linalg.norm(mean))
+    return np.asarray(mean / length if length > 1e-12 else mean * 0, dtype=np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Entry:
+    """A card with its vectors, ready for the index; never changed once made.
+
+    `vectors` is (2 + examples, d): row 0 the description, row 1 the centroid of the examples, then the examples.
+    Without examples row 1 repeats the description, as the score wants it. The values are those of float16, in
+    which the hub stores them, so that an index built from rows and one built from texts give the same scores.
+    """
+
+    card: Card
+    vectors: NDArray[np.float32]
+    counts: Counter[str] = field(repr=False)
+
+
+def entry(card: Card, vectors: NDArray[np.float32]) -> Entry:
+    """Join a card with the fresh vectors of `texts(card)`: (1 + used examples, d) unit rows.
+
+    Raises IndexInvalid when their number is not that of the texts.
+    """
+    _check_count(card, vectors, wanted=len(texts(card)))
+    rounded = vectors.astype(np.float16).astype(np.float32)
+    middle = centroid(rounded[1:]) if len(rounded) > 1 else rounded[0]
+    return restored(card, np.concatenate([rounded[:1], middle[None, :], rounded[1:]]).astype(np.float16))
+
+
+def restored(card: Card, rows: NDArray[np.float16]) -> Entry:
+    """Join a card with its stored rows: description, centroid, then examples: (2 + used examples, d).
+
+    Raises IndexInvalid when their number is not that of the card.
+    """
+    _check_count(card, rows, wanted=len(texts(card)) + 1)
+    vectors = rows.astype(np.float32)
+    vectors.setflags(write=False)
+    return Entry(card=card, vectors=vectors, counts=Counter(tokens(document(card))))
+
+
+def _check_count(card: Card, rows: NDArray[np.float16] | NDArray[np.float32], *, wanted: int) -> None:
+    if rows.ndim != 2 or len(rows) != wanted:
+        raise IndexInvalid(
+            f"{card.expert} has vectors of shape {rows.shape}, wanted {wanted} rows",
+            pointer=card.expert,
+            met=list(rows.shape),
+            wanted=f"{wanted} rows",
+            remedy="encode the card again",
+        )

@@ -1,0 +1,86 @@
+"""The figures of the routing benchmark on rankings whose figures are known, and one whole run on three cards."""
+
+import argparse
+import json
+
+import pytest
+
+from benchmarks import routing
+from moerge.routing.state import Hit
+
+
+def hits(*pairs):
+    return tuple(
+        Hit(
+            expert=expert,
+            revision="",
+            base_model="b",
+            score=score,
+            confidence="low",
+            parts={},
+            matched_example_index=None,
+        )
+        for expert, score in pairs
+    )
+
+
+def question(gold, suite="s", number=0):
+    return routing.Question(id=number, text="q", gold=gold, suite=suite)
+
+
+def test_equal_scores_count_against_the_gold_expert():
+    ranking = hits(("a", 0.9), ("b", 0.5), ("c", 0.5), ("d", 0.1))
+    assert [routing.rank_of({name}, ranking) for name in "abcdz"] == [1, 3, 3, 4, float("inf")]
+    assert routing.rank_of({"d", "b"}, ranking) == 3
+
+
+def test_the_share_of_ordered_pairs_counts_equal_scores_half():
+    # Pairs: .9 beats both, .5 beats .2 and ties with .5, .1 beats none: 3.5 of 6.
+    assert routing.auroc([0.9, 0.5, 0.1], [0.2, 0.5]) == pytest.approx(3.5 / 6)
+
+
+def test_figures_of_a_small_run_equal_those_counted_by_hand():
+    ranking = hits(("a", 0.9), ("b", 0.5), ("c", 0.1))
+    questions = [question("a", "one"), question("b", "one"), question("c", "two"), question("z", "two"), question(None)]
+    met = routing.quality(questions, [ranking] * 4 + [hits(("a", 0.3))], {"b": {"a"}})
+    assert met["micro R@1"] == 1 / 4
+    assert met["micro R@5"] == 3 / 4
+    assert met["MRR"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 0) / 4)
+    assert met["macro R@1"] == pytest.approx((1 / 2 + 0) / 2)
+    assert met["macro R@5"] == pytest.approx((1 + 1 / 2) / 2)
+    assert met["relaxed R@1"] == 2 / 4
+    assert (met["R@1 one"], met["R@1 two"]) == (1 / 2, 0)
+    assert met["AUROC"] == 1.0
+
+
+def test_a_whole_run_ranks_three_cards_and_writes_its_predictions(tmp_path):
+    def lines(name, *records):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(path)
+
+    experts = lines(
+        "experts",
+        {"id": "travel", "name": "travel", "description": "Books trips.", "examples": ["book a flight to Rome"]},
+        {"id": "kitchen", "name": "kitchen", "description": "Helps to cook.", "examples": ["how long to boil an egg"]},
+    )
+    distractors = lines("distractors", {"id": "bank", "name": "bank", "description": "Money matters."})
+    queries = lines(
+        "queries",
+        {"q": "reserve a plane ticket", "gold": "travel", "suite": "x"},
+        {"id": "second", "q": "cook rice", "gold": "kitchen", "suite": "x"},
+        {"q": "zzz", "gold": None, "suite": "oos"},
+    )
+    parser = argparse.ArgumentParser()
+    routing.add_arguments(parser)
+    out = tmp_path / "predictions"
+    arguments = ["--experts", experts, "--distractors", distractors, "--queries", queries, "--predictions", str(out)]
+    rows = {row["name"]: row for row in routing.run(parser.parse_args(arguments))}
+    assert rows["micro R@1"]["value"] == 1.0
+    assert rows["micro R@1"]["met"] is True
+    assert set(rows["MRR"]) == {"name", "value", "unit", "peer", "peer_value", "ratio", "target", "met"}
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in written] == [0, "second", 2]
+    assert written[0]["ranked"][0] == "travel"
+    assert sorted(written[1]["ranked"]) == ["bank", "kitchen", "travel"]
+    assert written[1]["scores"] == sorted(written[1]["scores"], reverse=True)

@@ -1,0 +1,253 @@
+"""Ranking over partitions: equal to scoring every card, one base at a time, through any order of changes."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moerge.errors import IndexInvalid, QueryInvalid
+from moerge.routing import cards
+from moerge.routing.base import Query
+from moerge.routing.state import State
+from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, state, unit
+
+
+def plain(entries, query: Query, strategy: str = "hybrid") -> list[tuple[str, float]]:
+    """Every entry scored by the formula of the documentation, one by one, in plain Python."""
+    words = {made.card.expert: cards.tokens(cards.document(made.card)) for made in entries}
+    mean = sum(map(len, words.values())) / len(words)
+    scored = []
+    for made in entries:
+        own = words[made.card.expert]
+        b = 0.0
+        for term in set(cards.tokens(query.text)):
+            containing = sum(term in other for other in words.values())
+            count = own.count(term)
+            idf = math.log(1 + (len(words) - containing + 0.5) / (containing + 0.5))
+            b += idf * count * 2.2 / (count + 1.2 * (0.25 + 0.75 * len(own) / mean))
+        if strategy == "bm25":
+            scored.append((made.card.expert, b / (b + 20)))
+            continue
+        cosines = [float(np.dot(row, query.vector)) for row in made.vectors.astype(np.float64)]
+        s_desc, s_cen = cosines[0], cosines[1]
+        s_ex = max(cosines[2:]) if cosines[2:] else s_desc
+        dense = 0.6 * s_ex + 0.2 * s_desc + 0.2 * s_cen
+        scored.append((made.card.expert, dense if strategy == "dense" else 0.6 * dense + 0.4 * b / (b + 20)))
+    return sorted(((expert, round(score, 6)) for expert, score in scored), key=lambda pair: (-pair[1], pair[0]))
+
+
+def question(seed: int, *, vector: bool = True) -> Query:
+    rng = np.random.default_rng(seed)
+    row = rng.normal(size=DIMENSION)
+    text = " ".join(rng.choice(WORDS, size=rng.integers(1, 5)))
+    return Query(text=text, vector=(row / np.linalg.norm(row)).astype(np.float32) if vector else None)
+
+
+def ranked(hits) -> list[tuple[str, float]]:
+    return [(hit.expert, hit.score) for hit in hits]
+
+
+def assert_same(met, wanted):
+    """Same order but where two scores are equal within the arithmetic, and same scores."""
+    assert dict(met) == pytest.approx(dict(wanted), abs=2e-6)
+    assert [score for _, score in met] == pytest.approx([score for _, score in wanted], abs=2e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 45), seed=st.integers(0, 10_000), strategy=st.sampled_from(["hybrid", "dense"]))
+def test_a_ranking_equals_scoring_every_card(count, seed, strategy):
+    entries = crowd(count, seed=seed)
+    query = question(seed)
+    hits = state(*entries).rank(query, base_model="base/a", strategy=strategy).hits
+    assert_same(ranked(hits), plain(entries, query, strategy))
+
+
+def test_the_score_of_one_card_equals_the_value_worked_out_by_hand():
+    # cos with the examples .6 and .8 (their centroid (.6 + .8) / sqrt 2 = .98995), with the description 0.
+    # Two documents of 4 and 3 words (mean 3.5); "salt" is in one of two: idf = ln(1 + 1.5 / 1.5) = .6931472.
+    # b = .6931472 * 2.2 / (1 + 1.2 * (.25 + .75 * 4 / 3.5)) = .6548718; the score .4064, medium.
+    made = state(
+        entry("o/a", name="a", description="b", examples=("salt", "c"), vectors=[unit(0, 0, 1), unit(1), unit(0, 1)]),
+        entry("o/b", name="x", description="y z", vectors=[unit(0, 0, 0, 1)]),
+    )
+    first, second = made.rank(Query(text="salt", vector=unit(0.6, 0.8)), base_model="base/a").hits
+    b = 0.6931472 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 4 / 3.5))
+    dense = 0.6 * 0.8 + 0.2 * 0.0 + 0.2 * 0.98995
+    assert (first.expert, first.revision, first.base_model) == ("o/a", "r-o/a", "base/a")
+    assert first.score == pytest.approx(0.6 * dense + 0.4 * b / (b + 20), abs=3e-4)
+    assert first.parts == pytest.approx({"s_ex": 0.8, "s_desc": 0.0, "s_cen": 0.98995, "bm25": b}, abs=5e-4)
+    assert (first.matched_example_index, first.confidence) == (1, "medium")
+    assert (second.expert, second.score, second.matched_example_index) == ("o/b", 0.0, None)
+
+
+def test_the_matched_example_is_the_nearest_one():
+    examples = tuple(f"e{number}" for number in range(5))
+    vectors = [unit(0, 1), *(unit(1, 0.1 * number) for number in (5, 3, 1, 2, 4))]
+    hit = state(entry("o/a", examples=examples, vectors=vectors)).rank(Query(text="q", vector=unit(1))).hits[0]
+    assert hit.matched_example_index == 2
+
+
+def test_the_first_of_two_equal_examples_is_the_matched_one():
+    made = entry("o/a", examples=("x", "y"), vectors=[unit(0, 1), unit(1), unit(1)])
+    assert state(made).rank(Query(text="q", vector=unit(1))).hits[0].matched_example_index == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 40])
+def test_cards_with_few_and_many_examples_stand_side_by_side(count):
+    texts = tuple(f"text {number}" for number in range(count))
+    entries = [entry("o/many", examples=texts, seed=1), entry("o/none", seed=2), entry("o/two", examples=("a", "b"))]
+    query = question(7)
+    assert_same(ranked(state(*entries).rank(query).hits), plain(entries, query))
+
+
+def test_equal_scores_are_ordered_by_expert_id():
+    twins = [entry(f"o/{name}", examples=("x",), vectors=[unit(1, 1), unit(1, 2)]) for name in "dbeac"]
+    filler = crowd(20, seed=5)
+    hits = state(*filler[:9], *twins, *filler[9:]).rank(Query(text="x", vector=unit(1, 2)), limit=5).hits
+    assert [hit.expert for hit in hits] == ["o/a", "o/b", "o/c", "o/d", "o/e"]
+    assert len({hit.score for hit in hits}) == 1
+
+
+def test_equal_bm25_scores_at_the_edge_of_the_candidates_keep_the_smaller_ids():
+    twins = [entry(f"o/{number:02d}", description="salt") for number in reversed(range(30))]
+    hits = state(*twins).rank(Query(text="salt"), depth=7).hits
+    assert [hit.expert for hit in hits] == [f"o/{number:02d}" for number in range(7)]
+
+
+def test_candidates_are_the_nearest_by_vector_and_the_best_by_word():
+    near = [entry(f"near/{number}", vectors=[unit(1, 0.01 * number)]) for number in range(4)]
+    worded = [entry(f"word/{number}", description="salt " * (number + 1), vectors=[unit(0, 1)]) for number in range(4)]
+    far = [entry(f"far/{number}", vectors=[unit(-1)]) for number in range(4)]
+    ranking = state(*near, *worded, *far).rank(Query(text="salt", vector=unit(1)), depth=3)
+    assert {hit.expert for hit in ranking.hits} == {"near/0", "near/1", "near/2", "word/1", "word/2", "word/3"}
+    assert not ranking.exhausted
+
+
+def test_depth_counts_experts_and_not_vectors():
+    crowded = entry("o/a", examples=tuple("abcdefghijkl"), vectors=[unit(1, 0.001 * number) for number in range(13)])
+    others = [entry(f"o/b{number}", vectors=[unit(0.5, 1, number)]) for number in range(4)]
+    ranking = state(crowded, *others).rank(Query(text="zzz", vector=unit(1)), depth=3)
+    assert [hit.expert for hit in ranking.hits] == ["o/a", "o/b0", "o/b1"]
+
+
+def test_without_query_vector_words_alone_decide_and_the_ranking_says_so():
+    entries = crowd(30, seed=4)
+    query = question(4, vector=False)
+    ranking = state(*entries).rank(query)
+    assert ranking.strategy.name == "bm25"
+    wanted = [pair for pair in plain(entries, query, "bm25") if pair[1] > 0]
+    assert ranked(ranking.hits) == wanted
+    assert all(set(hit.parts) == {"bm25"} and hit.matched_example_index is None for hit in ranking.hits)
+
+
+def test_a_limit_keeps_the_best():
+    entries = crowd(30, seed=8)
+    everything = state(*entries).rank(question(8)).hits
+    assert state(*entries).rank(question(8), limit=4).hits == everything[:4]
+
+
+def test_an_unknown_strategy_is_refused_with_the_known_ones():
+    with pytest.raises(QueryInvalid) as caught:
+        state().rank(question(1), strategy="oracle")
+    assert caught.value.pointer == "/strategy"
+    assert "hybrid" in caught.value.wanted
+
+
+def test_only_allowed_experts_are_candidates_however_far_they_are():
+    entries = crowd(80, seed=2)
+    query = question(2)
+    allowed = {"base/a/003", "base/a/050", "base/a/079", "nobody"}
+    ranking = state(*entries).rank(query, allow=allowed, depth=1)
+    wanted = [pair for pair in plain(entries, query) if pair[0] in allowed]
+    assert_same(ranked(ranking.hits), wanted)
+    assert ranking.exhausted
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_a_base_model_is_a_wall(seed):
+    first, second = crowd(20, base="base/a", seed=seed), crowd(15, base="base/b", seed=seed + 1)
+    query = question(seed)
+    both = state(*first, *second)
+    assert_same(ranked(both.rank(query, base_model="base/a").hits), plain(first, query))
+    assert {hit.base_model for hit in both.rank(query, base_model="base/b").hits} == {"base/b"}
+    everything = ranked(both.rank(query).hits)
+    assert_same(everything, sorted(plain(first, query) + plain(second, query), key=lambda pair: -pair[1]))
+
+
+def test_an_unknown_base_model_has_no_experts():
+    assert state(*crowd(3)).rank(question(1), base_model="base/z").hits == ()
+
+
+def test_no_experts_at_all_give_an_empty_ranking():
+    ranking = state().rank(question(1))
+    assert ranking.hits == ()
+    assert ranking.exhausted
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abx"), st.integers(0, 3)), max_size=25))
+def test_changes_in_any_order_end_where_a_state_built_anew_begins(steps):
+    """Each step puts an expert on a base (a or b) with some content, or removes it (x)."""
+    grown, alive = state(), {}
+    for seq, (number, where, content) in enumerate(steps, start=2):
+        expert = f"o/{number}"
+        if where == "x":
+            alive.pop(expert, None)
+            grown = grown.changed(seq=seq, removed={expert})
+        else:
+            texts = tuple(WORDS[content : content + content])
+            alive[expert] = entry(
+                expert, base=f"base/{where}", description=WORDS[content], examples=texts, seed=content
+            )
+            grown = grown.changed(seq=seq, put=[alive[expert]])
+        assert grown.seq == seq
+    anew = state(*alive.values())
+    assert len(grown) == len(alive)
+    assert set(grown.partitions) == set(anew.partitions)
+    for seed in range(3):
+        assert_same(ranked(grown.rank(question(seed)).hits), ranked(anew.rank(question(seed)).hits))
+
+
+def test_a_removed_expert_is_never_returned_and_its_words_no_longer_count():
+    entries = crowd(12, seed=6)
+    gone = entries[4].card.expert
+    left = state(*entries).changed(seq=2, removed={gone, "nobody"})
+    query = question(6)
+    assert_same(ranked(left.rank(query, depth=100).hits), plain([e for e in entries if e.card.expert != gone], query))
+
+
+def test_an_edited_card_no_longer_matches_its_old_words_and_vectors():
+    old = entry("o/a", description="salt", examples=("oven", "bank"), vectors=[unit(1), unit(1), unit(1)])
+    new = entry("o/a", description="joke", vectors=[unit(0, 1)])
+    edited = state(old, *crowd(5)).changed(seq=2, put=[new])
+    hits = {hit.expert: hit for hit in edited.rank(Query(text="salt oven", vector=unit(1)), depth=99).hits}
+    assert hits["o/a"].parts == {"bm25": 0.0, "s_ex": 0.0, "s_desc": 0.0, "s_cen": 0.0}
+    assert len(edited) == 6
+    part = edited.partitions["base/a"]
+    assert len(part.vectors) == sum(len(found.vectors) for found in part.slots if found)
+
+
+def test_a_state_that_others_still_read_does_not_change():
+    before = state(*crowd(10, seed=3))
+    answer = before.rank(question(3))
+    before.changed(seq=2, removed={"base/a/001"}, put=[entry("base/a/002", description="salt")])
+    assert before.rank(question(3)) == answer
+    assert (before.seq, len(before)) == (1, 10)
+
+
+def test_vectors_of_another_width_do_not_enter():
+    with pytest.raises(IndexInvalid):
+        State(encoder_id="test", dimension=16).changed(seq=1, put=[entry("o/a")])
+
+
+def test_other_scripts_and_very_long_texts_are_ranked_like_any_other():
+    chinese = entry("o/zh", name="翻译", description="把句子翻译成英文", examples=("你好",))
+    long = entry("o/long", description="salt " * 10_000 + "needle")
+    made = state(chinese, long, *crowd(3))
+    assert made.rank(Query(text="needle")).hits[0].expert == "o/long"
+    assert made.rank(Query(text="你好", vector=chinese.vectors[2])).hits[0].expert == "o/zh"
+    assert Counter(long.counts)["salt"] == 10_000
