@@ -1,0 +1,67 @@
+"""Merge deltas that are plain arrays or factors in memory: what `run` does for adapters on disk."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moerge import merging
+from moerge.errors import RecipeInvalid
+from moerge.merging import engine
+from moerge.merging.base import nearest
+from moerge.merging.engine import Settings
+from moerge.merging.sources import Delta, Given, Source
+
+
+def merge(
+    method: str,
+    experts: Sequence[Mapping[str, Given]],
+    *,
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    digests: Sequence[str] | None = None,
+    settings: Settings | None = None,
+) -> dict[str, Delta]:
+    """Merged delta per tensor name, in the experts' dtype: factors where the result is exactly low rank.
+
+    `experts` are deltas by tensor name: arrays, or LowRank records with A, B and scaling. `weights` default to 1 each.
+    `digests` name the experts where noise and order are concerned and default to a hash of their values.
+    Raises RecipeInvalid and ExpertsIncompatible.
+    """
+    spec = merging.catalogue().get(method)
+    if spec is None:
+        raise RecipeInvalid(
+            f"There is no merge method {method!r}.",
+            pointer="/method",
+            met=method,
+            wanted="one of " + ", ".join(merging.catalogue()),
+            remedy=nearest(method, list(merging.catalogue())),
+        )
+    weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
+    digests = [digest(expert) for expert in experts] if digests is None else list(digests)
+    if not len(weights) == len(digests) == len(experts):
+        raise RecipeInvalid(
+            f"There are {len(weights)} weights for {len(experts)} experts.",
+            pointer="/experts",
+            met=len(weights),
+            wanted=len(experts),
+            remedy="Give one weight per expert.",
+        )
+    checked = spec.parse(parameters or {})
+    spec.check_weights(weights, checked)
+    sources = [Source(name, weight, tensors) for name, weight, tensors in zip(digests, weights, experts, strict=True)]
+    return dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
+
+
+def digest(tensors: Mapping[str, Given]) -> str:
+    """SHA-256 over names, shapes, dtypes and values of one expert's deltas."""
+    found = hashlib.sha256()
+    for name, given in sorted(tensors.items()):
+        parts = [given] if isinstance(given, np.ndarray) else [given.B, given.A, np.float64(given.scaling)]
+        for part in parts:
+            array = np.ascontiguousarray(part)
+            found.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+            found.update(array.tobytes())
+    return found.hexdigest()

@@ -1,0 +1,227 @@
+"""Apply one merge method to deltas, tensor by tensor, whatever form the method has.
+
+Experts are put into the order of their digests first, so that floating-point sums do not depend on the order of a
+request; methods that are ordered by nature keep the order they are given.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import threadpoolctl
+
+from moerge import table
+from moerge.errors import ExpertsIncompatible
+from moerge.merging import factors, methods
+from moerge.merging.base import Parameters, Spec
+from moerge.merging.sources import Block, Delta, Factors, Source, Stream, Watch, delta_dtype
+
+Array = npt.NDArray[Any]
+
+# Experts times values of one block: 4 MiB in float32, which stays in cache.
+_BLOCK_TOTAL = 1 << 20
+_BLOCK_SMALLEST = 1 << 16
+
+
+class ElementWise(Protocol):
+    """A method on stretches of values. `prepare` may be absent; the state is then None."""
+
+    SPEC: Spec
+
+    def prepare(self, stream: Stream, parameters: Parameters) -> Any: ...
+    def merge(self, block: Block, state: Any, parameters: Parameters) -> Array: ...
+
+
+class Linear(Protocol):
+    """A method whose result is a sum of deltas."""
+
+    SPEC: Spec
+
+    def coefficients(self, weights: Array, parameters: Parameters) -> Array: ...
+
+
+class Core(Protocol):
+    """A method on the R x R cores of matrices, float64, and on the values of all other tensors."""
+
+    SPEC: Spec
+
+    def merge(self, cores: Array, weights: Array, ranks: tuple[int, ...], parameters: Parameters) -> Array: ...
+    def merge_vectors(self, values: Array, weights: Array, parameters: Parameters) -> Array: ...
+
+
+class FactorWise(Protocol):
+    """A method on rank units."""
+
+    SPEC: Spec
+
+    def merge(self, items: Sequence[Factors], weights: Array, parameters: Parameters) -> Factors: ...
+
+
+class Ordered(Protocol):
+    """A method that takes one expert after the other. The state may be kept and continued."""
+
+    SPEC: Spec
+
+    def step(self, state: Any, deltas: Mapping[str, Delta], weight: float, parameters: Parameters) -> Any: ...
+    def finish(self, state: Any) -> Mapping[str, Delta]: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compute, which never changes what comes out."""
+
+    block_values: int | None = None
+    threads: int = 1
+    watch: Watch = field(default_factory=Watch)
+
+
+def merge(
+    spec: Spec,
+    sources: Sequence[Source],
+    parameters: Parameters,
+    *,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> Iterator[tuple[str, Delta]]:
+    """Yield name and merged delta of every tensor, in sorted-name order: factors where the result is low rank exactly.
+
+    Raises ExpertsIncompatible when experts disagree about a shape or have nothing to merge.
+    """
+    settings = settings or Settings()
+    if not sources:
+        raise ExpertsIncompatible(
+            "There are no experts to merge.", pointer="/experts", met=0, wanted="at least 1", remedy="Name an expert."
+        )
+    ordered = list(sources) if spec.is_ordered else sorted(sources, key=lambda item: (item.digest, item.weight))
+    stream = Stream(
+        tuple(ordered),
+        seed=seed,
+        missing=str(parameters.get("missing", "zero")),
+        block_values=settings.block_values or max(_BLOCK_SMALLEST, _BLOCK_TOTAL // len(ordered)),
+        threads=settings.threads,
+        watch=settings.watch,
+    )
+    _check(stream)
+    method: Any = table.load(methods)[spec.name]
+    with one_blas_thread():
+        yield from _by_form(spec, method, stream, parameters)
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """BLAS splits work by its number of threads and rounds accordingly; one thread gives the same bits everywhere."""
+    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+    return limits
+
+
+def _check(stream: Stream) -> None:
+    if not stream.shapes:
+        raise ExpertsIncompatible(
+            "The experts have no tensors.", pointer="/experts", met=0, wanted="at least one tensor", remedy=""
+        )
+    for name, shape in stream.shapes.items():
+        if 0 in shape:
+            raise ExpertsIncompatible(
+                f"{name} has no values.", pointer="/experts", met=list(shape), wanted="a positive shape", remedy=""
+            )
+
+
+def _by_form(spec: Spec, method: Any, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
+    stream.watch.expected = len(stream.names)
+    if spec.form == "ordered":
+        yield from _ordered(cast("Ordered", method), stream, parameters)
+    elif spec.form == "core":
+        for name in stream.names:
+            yield name, _core(cast("Core", method), stream, name, parameters)
+            stream.watch.step()
+    elif spec.form == "factor":
+        for name in stream.names:
+            yield name, _factor(method, stream, name, parameters)
+            stream.watch.step()
+    elif hasattr(method, "coefficients"):
+        for name in stream.names:
+            yield name, _sum(cast("Linear", method), stream, name, parameters)
+            stream.watch.step()
+    else:
+        yield from _element_wise(cast("ElementWise", method), stream, parameters)
+
+
+def _element_wise(method: ElementWise, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
+    blocks = sum(len(stream.spans(name)) for name in stream.names)
+    has_state = hasattr(method, "prepare")
+    stream.watch.expected = blocks * (1 + len(stream.sources)) if has_state else blocks
+    state = method.prepare(stream, parameters) if has_state else None
+    for name in stream.names:
+
+        def work(block: Block) -> Array:
+            return method.merge(block, state, parameters)
+
+        merged = [values for _, values in stream.over_blocks(name, work)]
+        yield name, np.concatenate(merged).reshape(stream.shapes[name])
+
+
+def _sum(method: Linear, stream: Stream, name: str, parameters: Parameters) -> Delta:
+    """A sum of deltas: on factors where all experts have factors, else value by value."""
+    members = stream.members(name)
+    coefficients = dict(zip(members, method.coefficients(stream.weights[list(members)], parameters), strict=True))
+    owners = stream.owners(name)
+    deltas = [stream.sources[i].read(name) for i in owners]
+    if all(isinstance(delta, Factors) for delta in deltas):
+        return factors.stack(cast("list[Factors]", deltas), [coefficients[i] for i in owners])
+    weights = [coefficients[i] for i in owners]
+    dtype = np.result_type(*(delta_dtype(delta) for delta in deltas))
+    result = np.zeros(stream.shapes[name], dtype=dtype)
+    for delta, weight in zip(deltas, weights, strict=True):
+        result += _dense(delta) * dtype.type(weight)
+    return result
+
+
+def _factor(method: Any, stream: Stream, name: str, parameters: Parameters) -> Delta:
+    owners = stream.owners(name)
+    deltas = [stream.sources[i].read(name) for i in owners]
+    if all(isinstance(delta, Factors) for delta in deltas):
+        chosen = cast("FactorWise", method)
+        return chosen.merge(cast("list[Factors]", deltas), stream.weights[list(owners)], parameters)
+    if hasattr(method, "coefficients"):
+        return _sum(cast("Linear", method), stream, name, parameters)
+    raise ExpertsIncompatible(
+        f"{name} is a plain tensor, and {method.SPEC.name} works on the factors of adapters.",
+        pointer="/method",
+        met=method.SPEC.name,
+        wanted="a method on deltas",
+        remedy="Choose linear or ties.",
+    )
+
+
+def _core(method: Core, stream: Stream, name: str, parameters: Parameters) -> Delta:
+    deltas = [source.read(name) if name in source.tensors else None for source in stream.sources]
+    present = [delta for delta in deltas if delta is not None]
+    dtype = np.result_type(*(delta_dtype(delta) for delta in present))
+    if all(isinstance(delta, Factors) for delta in present):
+        held = factors.cores(cast("list[Factors | None]", deltas))
+        merged = held.expand(method.merge(held.cores, stream.weights, held.ranks, parameters))
+        return Factors(merged.B.astype(dtype), merged.A.astype(dtype))
+    shape = stream.shapes[name]
+    values = np.stack([np.zeros(shape) if delta is None else _dense(delta).astype(np.float64) for delta in deltas])
+    if len(shape) == 2:
+        whole = (0,) * len(values)
+        return method.merge(values, stream.weights, whole, parameters).astype(dtype)
+    return method.merge_vectors(values, stream.weights, parameters).astype(dtype)
+
+
+def _ordered(method: Ordered, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
+    state: Any = None
+    stream.watch.expected = len(stream.sources)
+    for source in stream.sources:
+        deltas = {name: source.read(name) for name in stream.names if name in source.tensors}
+        state = method.step(state, deltas, source.weight, parameters)
+        stream.watch.step()
+    merged = method.finish(state)
+    for name in stream.names:
+        yield name, merged[name]
+
+
+def _dense(delta: Delta) -> Array:
+    return delta.delta() if isinstance(delta, Factors) else delta

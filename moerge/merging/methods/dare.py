@@ -1,0 +1,100 @@
+"""DARE: drop values at random, make up for it by rescaling, then add up or elect signs as TIES does."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moerge.merging import noise, parts
+from moerge.merging.base import MISSING, Parameters, Spec, choice, density, flag, scale
+from moerge.merging.sources import Block, Stream
+
+Array = npt.NDArray[Any]
+
+SPEC = Spec(
+    name="dare",
+    title="DARE",
+    form="element-wise",
+    summary="Drop values at random and rescale the rest, then sum (DARE-linear) or elect signs (DARE-TIES).",
+    paper="arXiv 2311.03099",
+    is_random=True,
+    parameters=(
+        density(default=0.5),
+        choice("elect", ["none", "ties"], default="none", help="Add the experts up, or elect signs first as in TIES."),
+        choice(
+            "rescale",
+            ["density", "l1", "none"],
+            default="density",
+            help="Divide survivors by the density, bring each tensor back to its sum of magnitudes, or neither.",
+        ),
+        flag(
+            "normalize",
+            default=False,
+            help="Divide by the weights: by their sum, and with elect=ties by those that agree.",
+        ),
+        scale(),
+        MISSING,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """Factor on the survivors of each expert and tensor."""
+
+    factors: dict[tuple[int, str], float]
+
+
+def prepare(stream: Stream, parameters: Parameters) -> State:
+    """The factors that make up for what is dropped; only l1 has to read the deltas."""
+    fixed = 1 / parameters.density if parameters.rescale == "density" else 1.0
+    found = {(i, name): fixed for name in stream.names for i in range(len(stream.sources))}
+    if parameters.rescale == "l1":
+        for name in stream.names:
+            found.update(_l1(stream, name, parameters))
+    return State(found)
+
+
+def merge(block: Block, state: State, parameters: Parameters) -> Array:
+    """(experts, values) -> (values,)."""
+    dropped = np.zeros_like(block.values)
+    for row, member in enumerate(block.members):
+        kept = noise.keep(block.noise(row), parameters.density)
+        factor = block.values.dtype.type(state.factors[member, block.name])
+        np.copyto(dropped[row], block.values[row] * factor, where=kept)
+    weighted = parts.weigh(dropped, block.weights)
+    divisor: Array = np.asarray(block.weights.sum())
+    if parameters.elect == "ties":
+        agreeing = parts.agree(weighted, parts.elect_signs(weighted))
+        weighted *= agreeing
+        divisor = parts.weighted_total(agreeing.astype(np.float64), block.weights)
+    merged = parts.total(weighted)
+    if parameters.normalize:
+        merged = parts.divide(merged, divisor.astype(merged.dtype))
+    return np.asarray(merged * merged.dtype.type(parameters.scale))
+
+
+def _l1(stream: Stream, name: str, parameters: Parameters) -> dict[tuple[int, str], float]:
+    """Sum of magnitudes before over after dropping; fsum makes it the same for any size of blocks."""
+
+    def sums(block: Block) -> list[tuple[list[float], list[float]]]:
+        rows = []
+        for row, values in enumerate(np.abs(block.values)):
+            kept = values * noise.keep(block.noise(row), parameters.density)
+            rows.append((_row_sums(values, block.width), _row_sums(kept, block.width)))
+        return rows
+
+    blocks = [found for _, found in stream.over_blocks(name, sums)]
+    factors = {}
+    for row, member in enumerate(stream.members(name)):
+        before = math.fsum(value for block in blocks for value in block[row][0])
+        after = math.fsum(value for block in blocks for value in block[row][1])
+        factors[member, name] = before / after if after > 0 else 1.0
+    return factors
+
+
+def _row_sums(values: Array, width: int) -> list[float]:
+    sums: list[float] = values.reshape(-1, width).astype(np.float64).sum(axis=1).tolist()
+    return sums

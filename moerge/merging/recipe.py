@@ -1,0 +1,245 @@
+"""A recipe: which experts to merge, with what weights, how, and into what; parsed strictly, with canonical bytes.
+
+No numpy here: a web process parses recipes against the cards of methods that it keeps as rows.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from moerge import merging
+from moerge.errors import ExpertsIncompatible, RecipeInvalid
+from moerge.merging.base import Parameters, Spec, nearest
+
+MOST_EXPERTS = 100
+HIGHEST_RANK = 4096
+LARGEST_SEED = 2**63 - 1
+KINDS = ("lora",)
+DTYPES = ("float32", "bfloat16", "float16")
+
+_FIELDS = ("base_model", "method", "parameters", "seed", "experts", "output")
+_EXPERT_FIELDS = ("expert", "revision", "digest", "weight", "base_model")
+_OUTPUT_FIELDS = ("kind", "rank", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One expert of a recipe. `digest` names its content: order and noise follow it, so that names do not matter."""
+
+    expert: str
+    revision: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What the merge becomes: a LoRA of `rank`, or of the method's own rank where that is None."""
+
+    kind: str = "lora"
+    rank: int | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A checked recipe. Experts are sorted by digest unless the method takes them in order."""
+
+    base_model: str | None
+    spec: Spec
+    parameters: Parameters
+    seed: int
+    experts: tuple[Expert, ...]
+    output: Output
+
+    @property
+    def method(self) -> str:
+        return self.spec.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON values, in the shape `parse` reads."""
+        return {
+            "base_model": self.base_model,
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "seed": self.seed,
+            "experts": [
+                {"expert": item.expert, "revision": item.revision, "digest": item.digest, "weight": item.weight}
+                for item in self.experts
+            ],
+            "output": {"kind": self.output.kind, "rank": self.output.rank, "dtype": self.output.dtype},
+        }
+
+    def canonical(self) -> bytes:
+        """The bytes that two equal recipes share: defaults filled in, experts sorted, the method's version named.
+
+        The seed counts for random methods alone, since no other result depends on it.
+        """
+        values = {**self.to_dict(), "version": self.spec.version}
+        if not self.spec.is_random:
+            del values["seed"]
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical bytes, in hex."""
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+
+def parse(body: object, *, specs: Mapping[str, Spec] | None = None) -> Recipe:
+    """A recipe from JSON values whose experts are resolved to revision and digest.
+
+    `specs` are the cards of the methods there are, by default those installed here. Raises RecipeInvalid with a JSON
+    pointer to the field, and ExpertsIncompatible when the experts name different base models.
+    """
+    specs = merging.catalogue() if specs is None else specs
+    fields = _object(body, "", _FIELDS)
+    spec = _method(fields.get("method"), specs)
+    parameters = spec.parse(_mapping(fields.get("parameters", {}), "/parameters"))
+    base_model = fields.get("base_model")
+    if base_model is not None:
+        base_model = _text(base_model, "/base_model")
+    experts = _experts(fields.get("experts"), base_model)
+    spec.check_weights([expert.weight for expert in experts], parameters)
+    if not spec.is_ordered:
+        experts.sort(key=lambda item: (item.digest, item.weight, item.expert, item.revision))
+    seed = fields.get("seed", 0)
+    return Recipe(
+        base_model=base_model,
+        spec=spec,
+        parameters=parameters,
+        seed=_whole(seed, "/seed", lowest=0, highest=LARGEST_SEED),
+        experts=tuple(experts),
+        output=_output(fields.get("output", {})),
+    )
+
+
+def _method(name: object, specs: Mapping[str, Spec]) -> Spec:
+    if isinstance(name, str) and name in specs:
+        return specs[name]
+    raise RecipeInvalid(
+        "The recipe names no method." if name is None else f"There is no merge method {name!r}.",
+        pointer="/method",
+        met=name,
+        wanted="one of " + ", ".join(sorted(specs)),
+        remedy=nearest(str(name), sorted(specs)),
+    )
+
+
+def _experts(values: object, base_model: str | None) -> list[Expert]:
+    if not isinstance(values, list) or not 1 <= len(values) <= MOST_EXPERTS:
+        raise RecipeInvalid(
+            f"A recipe needs a list of 1 to {MOST_EXPERTS} experts.",
+            pointer="/experts",
+            met=len(values) if isinstance(values, list) else _shown(values),
+            wanted=f"1 to {MOST_EXPERTS} experts",
+            remedy="Name the experts and their weights.",
+        )
+    experts = []
+    for position, value in enumerate(values):
+        here = f"/experts/{position}"
+        fields = _object(value, here, _EXPERT_FIELDS)
+        base = fields.get("base_model")
+        if base is not None:
+            base_model = _same_base(_text(base, f"{here}/base_model"), base_model, here, fields.get("expert"))
+        experts.append(
+            Expert(
+                expert=_text(fields.get("expert"), f"{here}/expert"),
+                revision=_text(fields.get("revision"), f"{here}/revision"),
+                digest=_text(fields.get("digest"), f"{here}/digest"),
+                weight=_number(fields.get("weight"), f"{here}/weight"),
+            )
+        )
+    return experts
+
+
+def _same_base(base: str, wanted: str | None, here: str, expert: object) -> str:
+    if wanted is not None and base != wanted:
+        raise ExpertsIncompatible(
+            f"{expert} was trained on {base}, the others on {wanted}.",
+            pointer=here,
+            met=base,
+            wanted=wanted,
+            remedy="Merge experts of one base model.",
+        )
+    return base
+
+
+def _output(value: object) -> Output:
+    fields = _object(value, "/output", _OUTPUT_FIELDS)
+    rank = fields.get("rank")
+    return Output(
+        kind=_one_of(fields.get("kind", "lora"), "/output/kind", KINDS),
+        rank=None if rank is None else _whole(rank, "/output/rank", lowest=1, highest=HIGHEST_RANK),
+        dtype=_one_of(fields.get("dtype", "float32"), "/output/dtype", DTYPES),
+    )
+
+
+def _mapping(value: object, pointer: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise RecipeInvalid(
+            f"{pointer or 'The recipe'} is {_shown(value)}, wanted an object.",
+            pointer=pointer,
+            met=_shown(value),
+            wanted="an object",
+            remedy="Send a JSON object.",
+        )
+    return value
+
+
+def _object(value: object, pointer: str, known: tuple[str, ...]) -> dict[str, Any]:
+    fields = _mapping(value, pointer)
+    for name in fields:
+        if name not in known:
+            raise RecipeInvalid(
+                f"There is no field {name!r} here.",
+                pointer=f"{pointer}/{name}",
+                met=name,
+                wanted="one of " + ", ".join(known),
+                remedy=nearest(name, known),
+            )
+    return fields
+
+
+def _text(value: object, pointer: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(value, pointer, "a text that is not empty")
+    return value
+
+
+def _number(value: object, pointer: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or abs(value) > 1e6:  # type: ignore[arg-type]
+        raise _wrong(value, pointer, "a finite number of at most a million")
+    # Adding zero turns -0.0 into 0.0, so that both make the same recipe.
+    return float(value) + 0.0  # type: ignore[arg-type]
+
+
+def _whole(value: object, pointer: str, *, lowest: int, highest: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise _wrong(value, pointer, f"a whole number from {lowest} to {highest}")
+    return value
+
+
+def _one_of(value: object, pointer: str, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise _wrong(value, pointer, "one of " + ", ".join(choices))
+    return value
+
+
+def _wrong(value: object, pointer: str, wanted: str) -> RecipeInvalid:
+    met = _shown(value)
+    return RecipeInvalid(
+        f"{pointer} is {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=f"Give {wanted}."
+    )
+
+
+def _shown(value: object) -> str:
+    """A value as it may be repeated in a message: NaN and long texts do not survive JSON or a page."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,283 @@
+"""What the experts bring: deltas per tensor, as arrays or as factors, read in blocks of whole rows.
+
+Products of factors are always formed in tiles of a grid that depends on the tensor's shape alone. BLAS rounds
+differently for different shapes, so this is what makes every value the same however large a block is and whoever
+computes it. Blocks are made of whole tiles.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from moerge.errors import ExpertsIncompatible
+from moerge.merging import noise
+
+Array = npt.NDArray[Any]
+Result = TypeVar("Result")
+
+# 16 rows of a 4096 wide matrix: large enough for BLAS, small enough that a block of several experts stays in cache.
+TILE_VALUES = 1 << 16
+
+
+@runtime_checkable
+class LowRank(Protocol):
+    """A delta `scaling * B @ A`, A (rank, d_in), B (d_out, rank): what moerge.tensors.adapters.load gives."""
+
+    @property
+    def A(self) -> Array: ...  # noqa: N802  Matrices are named as in the papers.
+    @property
+    def B(self) -> Array: ...  # noqa: N802
+    @property
+    def scaling(self) -> float: ...
+
+
+class Factors(NamedTuple):
+    """A delta B @ A with every scaling folded in, B (d_out, rank), A (rank, d_in)."""
+
+    B: Array
+    A: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.B.shape[0]), int(self.A.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def delta(self) -> Array:
+        """The dense delta, (d_out, d_in)."""
+        return np.asarray(self.B @ self.A)
+
+
+Delta = Array | Factors
+Given = Array | LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One expert of a merge: its identity, its weight, and its delta per tensor name.
+
+    `shapes`, where already known, spare a reading of every tensor.
+    """
+
+    digest: str
+    weight: float
+    tensors: Mapping[str, Given]
+    label: str = ""
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+
+    def read(self, name: str) -> Delta:
+        """The delta of one tensor; of factors with their scaling in B."""
+        given = self.tensors[name]
+        if isinstance(given, np.ndarray):
+            return given if given.dtype.kind == "f" and given.dtype.itemsize >= 4 else given.astype(np.float32)
+        scaling = np.asarray(given.scaling, dtype=given.B.dtype)
+        return Factors(np.ascontiguousarray(given.B * scaling), np.ascontiguousarray(given.A))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one delta."""
+        return tuple(self.shapes[name] if self.shapes else self.read(name).shape)
+
+    def __str__(self) -> str:
+        return self.label or self.digest[:12]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The same stretch of one tensor in every expert: `values` (experts, values), whole rows of `width` values.
+
+    `offset` is the flat index of the first value, `size` the number of values of the whole tensor. `members` are
+    the experts' positions in the recipe's canonical order; `weights` and `digests` are in the order of the rows.
+    """
+
+    name: str
+    values: Array
+    offset: int
+    width: int
+    size: int
+    members: tuple[int, ...]
+    weights: Array
+    digests: tuple[str, ...]
+    seed: int
+
+    def noise(self, row: int) -> noise.Bits:
+        """24 random bits per value for one expert, (values,)."""
+        key = noise.key(self.seed, self.digests[row], self.name)
+        return noise.stream(key, self.offset, self.values.shape[1])
+
+
+def silent(_share: float) -> None:
+    """Nobody watches."""
+
+
+def never() -> bool:
+    """Nobody stops it."""
+    return False
+
+
+@dataclass
+class Watch:
+    """Whoever waits for a merge: told the share that is done, asked whether to stop."""
+
+    progress: Callable[[float], None] = silent
+    cancelled: Callable[[], bool] = never
+    expected: int = 1
+    done: int = field(default=0, init=False)
+
+    def step(self) -> None:
+        """One block is done. Raises Cancelled when the merge is no longer wanted."""
+        self.done += 1
+        if self.cancelled():
+            raise Cancelled
+        self.progress(min(0.99, self.done / max(self.expected, 1)))
+
+
+class Cancelled(Exception):
+    """The one who asked for the merge no longer wants it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """All tensors of all experts, in sorted-name order, as blocks."""
+
+    sources: tuple[Source, ...]
+    seed: int = 0
+    missing: str = "zero"
+    block_values: int = 1 << 17
+    threads: int = 1
+    watch: Watch = field(default_factory=Watch)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted({name for source in self.sources for name in source.tensors}))
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape. Raises ExpertsIncompatible when two experts disagree."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        owners: dict[str, Source] = {}
+        for source in self.sources:
+            for name in source.tensors:
+                shape = source.shape(name)
+                if shapes.setdefault(name, shape) != shape:
+                    raise ExpertsIncompatible(
+                        f"{name} has shape {list(shape)} in {source} and {list(shapes[name])} in {owners[name]}.",
+                        pointer="/experts",
+                        met=list(shape),
+                        wanted=list(shapes[name]),
+                        remedy="Merge experts that were trained on the same base model and vocabulary.",
+                    )
+                owners.setdefault(name, source)
+        return shapes
+
+    @property
+    def weights(self) -> Array:
+        return np.array([source.weight for source in self.sources], dtype=np.float64)
+
+    def owners(self, name: str) -> tuple[int, ...]:
+        """Positions of the experts that have this tensor."""
+        return tuple(i for i, source in enumerate(self.sources) if name in source.tensors)
+
+    def members(self, name: str) -> tuple[int, ...]:
+        """Positions of the experts that take part in this tensor: all of them, or the owners with missing=skip."""
+        return self.owners(name) if self.missing == "skip" else tuple(range(len(self.sources)))
+
+    def size(self, name: str) -> int:
+        return int(np.prod(self.shapes[name], dtype=np.int64))
+
+    def width(self, name: str) -> int:
+        """Values per row; a tensor of one dimension is a single row."""
+        return int(self.shapes[name][-1]) if self.shapes[name] else 1
+
+    def spans(self, name: str) -> list[tuple[int, int]]:
+        """First and last row of each block."""
+        rows = self.size(name) // max(self.width(name), 1)
+        tile = tile_rows(self.width(name))
+        step = tile * max(1, self.block_values // (tile * max(self.width(name), 1)))
+        return [(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+    def blocks(self, name: str, expert: int) -> Iterator[tuple[int, Array]]:
+        """The stretches of one tensor of one expert that has it, with the flat index each begins at."""
+        delta = self.sources[expert].read(name)
+        width = self.width(name)
+        for first, last in self.spans(name):
+            yield first * width, rows_of(delta, first, last)
+            self.watch.step()
+
+    def sample(self, name: str, expert: int, count: int) -> Array:
+        """About `count` values of one tensor spread evenly over its rows and columns, cheap to make."""
+        delta = self.sources[expert].read(name)
+        if isinstance(delta, Factors):
+            side = max(1, int(np.sqrt(count)))
+            rows = np.unique(np.linspace(0, delta.shape[0] - 1, min(side, delta.shape[0])).astype(np.intp))
+            columns = np.unique(
+                np.linspace(0, delta.shape[1] - 1, min(count // len(rows) + 1, delta.shape[1])).astype(np.intp)
+            )
+            return np.asarray(delta.B[rows] @ np.ascontiguousarray(delta.A[:, columns])).ravel()
+        return delta.ravel()[:: max(1, delta.size // count)]
+
+    def over_blocks(self, name: str, work: Callable[[Block], Result]) -> list[tuple[tuple[int, int], Result]]:
+        """Call `work` on each block of a tensor, over all members; results in row order.
+
+        With several threads as many blocks are in flight at a time, each computed alone, so results do not change.
+        """
+        members = self.members(name)
+        deltas = [self.sources[i].read(name) if name in self.sources[i].tensors else None for i in members]
+        dtype = np.result_type(*(delta_dtype(delta) for delta in deltas if delta is not None))
+        weights, digests = self.weights[list(members)], tuple(self.sources[i].digest for i in members)
+        width, size = self.width(name), self.size(name)
+
+        def one(span: tuple[int, int]) -> tuple[tuple[int, int], Result]:
+            first, last = span
+            values = np.zeros((len(members), (last - first) * width), dtype=dtype)
+            for row, delta in zip(values, deltas, strict=True):
+                if delta is not None:
+                    rows_of(delta, first, last, out=row)
+            result = work(Block(name, values, first * width, width, size, members, weights, digests, self.seed))
+            self.watch.step()
+            return span, result
+
+        return run_all(one, self.spans(name), threads=self.threads)
+
+
+def delta_dtype(delta: Delta) -> np.dtype[Any]:
+    """The dtype that blocks of this delta have."""
+    return np.result_type(delta.B, delta.A) if isinstance(delta, Factors) else delta.dtype
+
+
+def tile_rows(width: int) -> int:
+    """Rows of one tile of the grid on which products are formed."""
+    return max(1, TILE_VALUES // max(width, 1))
+
+
+def rows_of(delta: Delta, first: int, last: int, *, out: Array | None = None) -> Array:
+    """Rows first .. last of a delta, flat. `first` lies on the grid of tiles."""
+    if not isinstance(delta, Factors):
+        flat = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)[first:last].ravel()
+        if out is None:
+            return flat
+        out[:] = flat
+        return out
+    width = delta.shape[1]
+    if out is None:
+        out = np.empty((last - first) * width, dtype=delta_dtype(delta))
+    matrix = out.reshape(last - first, width)
+    step = tile_rows(width)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        np.matmul(delta.B[start:stop], delta.A, out=matrix[start - first : stop - first])
+    return out
+
+
+def run_all(work: Callable[[Any], Result], items: Sequence[Any], *, threads: int) -> list[Result]:
+    """Results of `work` over items, in order."""
+    if threads <= 1 or len(items) <= 1:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        return list(pool.map(work, items))
