@@ -106,14 +106,15 @@ def lone(kept: Kept, rule: str) -> float:
 def _grams(left: Float32, other: Float32) -> tuple[Gram, Gram, Gram]:
     """(rank, n), (rank, n) -> left·leftᵀ, left·otherᵀ, other·otherᵀ in float64, block by block along n."""
     rank = left.shape[0]
-    sums = tuple(np.zeros((rank, rank)) for _ in range(3))
+    own, across, image = (np.zeros((rank, rank)) for _ in range(3))
     width = max(1, _BLOCK_VALUES // max(1, rank))
     for start in range(0, left.shape[1], width):
         first = left[:, start : start + width].astype(np.float64)
         second = other[:, start : start + width].astype(np.float64)
-        for total, (one, two) in zip(sums, ((first, first), (first, second), (second, second)), strict=True):
-            total += one @ two.T
-    return sums[0], sums[1], sums[2]
+        own += first @ first.T
+        across += first @ second.T
+        image += second @ second.T
+    return own, across, image
 
 
 def _cut(positions: Positions) -> Iterator[Positions]:

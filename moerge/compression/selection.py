@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from moerge.compression.planes import Positions
 from moerge.tensors.files import Float32
@@ -12,6 +13,9 @@ from moerge.tensors.files import Float32
 SMALLEST = 1024
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?")
 
+_HALF, _LOW = np.uint32(16), np.uint32(0xFFFF)
+
+UInt32 = npt.NDArray[np.uint32]
 Blocks = Callable[[], Iterable[Float32]]
 
 
@@ -76,17 +80,17 @@ def nth_smallest(blocks: Blocks, rank: int) -> float:
     The bits of non-negative float32 sort like their values, so a histogram of the upper 16 bits finds the bucket and
     one of the lower 16 bits inside it the value: two passes over the blocks.
     """
-    high, before = _bucket((bits >> 16 for bits in _bits(blocks)), rank)
-    low, _ = _bucket((bits[bits >> 16 == high] & 0xFFFF for bits in _bits(blocks)), rank - before)
+    high, before = _bucket((bits >> _HALF for bits in _bits(blocks)), rank)
+    low, _ = _bucket((bits[bits >> _HALF == high] & _LOW for bits in _bits(blocks)), rank - before)
     return float(np.array([(high << 16) | low], np.uint32).view(np.float32)[0])
 
 
-def _bits(blocks: Blocks) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.uint32]]]:
+def _bits(blocks: Blocks) -> Iterator[UInt32]:
     for block in blocks():
         yield np.abs(block.reshape(-1)).view(np.uint32)
 
 
-def _bucket(keys: Iterator[np.ndarray[tuple[int, ...], np.dtype[np.uint32]]], rank: int) -> tuple[int, int]:
+def _bucket(keys: Iterator[UInt32], rank: int) -> tuple[int, int]:
     """The key that holds the rank, and how many values lie in keys before it."""
     counts = np.zeros(1 << 16, np.int64)
     for part in keys:
@@ -99,12 +103,9 @@ def _bucket(keys: Iterator[np.ndarray[tuple[int, ...], np.dtype[np.uint32]]], ra
 def spread(blocks: Iterable[Float32]) -> tuple[int, float, float]:
     """Count, mean and sum of squared distances from the mean, in one pass with float64 sums (Chan's update)."""
     count, mean, squares = 0, 0.0, 0.0
-    for block in blocks:
-        flat = block.reshape(-1)
-        if flat.size == 0:
-            continue
+    for flat in (part for block in blocks for part in parts(block)):
         block_mean = float(flat.mean(dtype=np.float64))
-        block_squares = float(np.square(flat - block_mean, dtype=np.float64).sum())
+        block_squares = float(np.square(flat.astype(np.float64) - block_mean).sum())
         distance = block_mean - mean
         total = count + flat.size
         mean += distance * flat.size / total

@@ -196,7 +196,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 def dump(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """What `write` writes, to an open binary stream."""
-    claims = {name: _claim(tensor) for name, tensor in tensors.items()}
+    claims = {name: claim(tensor) for name, tensor in tensors.items()}
     order = sorted(claims, key=lambda name: (-header.ITEM_BYTES[claims[name][0]], name))
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     position = 0
@@ -224,7 +224,8 @@ def float32_blocks(file: SafetensorsFile, name: str, count: int = _BLOCK_BYTES /
         yield file.block(name, start, count)
 
 
-def _claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+def claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Safetensors dtype and shape under which `write` will store a tensor."""
     if isinstance(tensor, Lazy):
         return tensor.dtype, tensor.shape
     if isinstance(tensor, BF16):
@@ -232,12 +233,12 @@ def _claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
     return _NAMES[tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype], tensor.shape
 
 
-def _bytes(name: str, tensor: Tensor, claim: tuple[str, tuple[int, ...]]) -> memoryview | bytes:
+def _bytes(name: str, tensor: Tensor, wanted: tuple[str, tuple[int, ...]]) -> memoryview | bytes:
     made = tensor.make() if isinstance(tensor, Lazy) else tensor
-    if _claim(made) != claim:
-        raise ValueError(f"{name} was announced as {claim} and made as {_claim(made)}")
+    if claim(made) != wanted:
+        raise ValueError(f"{name} was announced as {wanted} and made as {claim(made)}")
     values = made.bits if isinstance(made, BF16) else made
-    return np.ascontiguousarray(values, dtype=NUMPY[claim[0]]).tobytes()
+    return np.ascontiguousarray(values, dtype=NUMPY[wanted[0]]).tobytes()
 
 
 def _as_float32(data: bytes, dtype: str) -> Float32:
