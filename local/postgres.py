@@ -60,6 +60,8 @@ def prepare(folder: Path, *, password: str, programs: Path | None = None) -> Ser
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    # As root the server is another user, who must pass this folder and no more.
+    folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
     with _locked(folder / "lock"):
         server = _server(folder, password=password, programs=programs or packaged_programs())
         if not (server.data / "PG_VERSION").exists():
@@ -102,12 +104,13 @@ def _copied_programs(programs: Path, folder: Path) -> Path:
         libraries = package.parent / f"{package.name}.libs"
         if libraries.exists():
             shutil.copytree(libraries, half / libraries.name, symlinks=True)
+        half.chmod(0o755)
         half.rename(copy)
     return copy / package.name / programs.parent.name / programs.name
 
 
 def _initialise(server: Server) -> None:
-    """Make the data in a folder aside, put in place when it is whole, so that an interrupted start leaves nothing half."""
+    """Make the data in a folder aside, put in place when it is whole: an interrupted start leaves nothing half."""
     half = server.folder / "data.new"
     secret = server.folder / "password"
     shutil.rmtree(half, ignore_errors=True)
@@ -129,7 +132,10 @@ def _initialise(server: Server) -> None:
         command = replace(_command(server, "postgres", []), argv=["/bin/sh", "-c", single, program, str(half)])
         processes.run(command)
     except LocalError as error:
-        raise LocalError(f"PostgreSQL could not make its data folder {server.data}.\n{error}") from error
+        hint = ""
+        if server.user is not None and server.user.sees_all:
+            hint = f"\nThe user {server.user.name} may not pass {server.folder}: name a --home in a folder open to all."
+        raise LocalError(f"PostgreSQL could not make its data folder {server.data}.\n{error}{hint}") from error
     finally:
         secret.unlink(missing_ok=True)
     half.rename(server.data)
