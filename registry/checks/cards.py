@@ -1,0 +1,240 @@
+"""The card of an expert: README.md with YAML front matter, in the words of the Hugging Face Hub plus a `moerge` section.
+
+license: cc-by-4.0
+base_model: sentence-transformers/all-MiniLM-L6-v2
+moerge:
+  task: What the expert is good at, in a few sentences.
+  examples: [inputs it should get]
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from registry.checks import files
+from registry.errors import Fault, UploadInvalid
+
+FRONT_MATTER_BYTES = 64_000
+DESCRIPTION_CHARACTERS = 60_000
+EXAMPLES_COUNT, EXAMPLE_CHARACTERS = 32, 4_000
+TAGS_COUNT, TAG_CHARACTERS = 64, 80
+LICENCE_CHARACTERS = 64
+FIGURES_COUNT = 200
+FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n)?^(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+PLACEHOLDER = re.compile(r"\[More Information Needed\]|<!--.*?-->", re.DOTALL)
+UNTOUCHED = re.compile(r"\b(base|baseline|untouched)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value that the card states; `base_value` is the untouched base on the same rows."""
+
+    dataset: str
+    metric: str
+    value: float
+    base_value: float | None = None
+    row_count: int | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says, checked; empty where it says nothing."""
+
+    description: str = ""
+    examples: tuple[str, ...] = ()
+    licence: str = ""
+    base_model: str | None = None
+    tags: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    # The whole front matter as JSON values, for clients that show it.
+    data: Mapping[str, Any] = field(default_factory=dict)
+    body: str = ""
+
+
+def parse(text: str) -> Card:
+    """The card in the text of a README.md. Raises UploadInvalid where the front matter breaks a rule."""
+    found = FRONT.match(text)
+    data = _front_matter(found[1]) if found else {}
+    body = text[found.end() :] if found else text
+    section = _mapping(data.get("moerge"), "moerge")
+    description = section.get("task", section.get("description"))
+    base = data.get("base_model")
+    if isinstance(base, list):
+        base = base[0] if len(base) == 1 else None
+    licence = data.get("license", data.get("licence"))
+    return Card(
+        description=_text(description, "moerge", "task") if description else first_paragraph(body),
+        examples=_texts(section.get("examples"), EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "moerge", "examples"),
+        licence=" and ".join(_texts(licence, 8, LICENCE_CHARACTERS, "license")).lower()[:LICENCE_CHARACTERS],
+        base_model=_text(base, "base_model") if base else None,
+        tags=_texts(data.get("tags"), TAGS_COUNT, TAG_CHARACTERS, "tags"),
+        figures=tuple(_figures(data))[:FIGURES_COUNT],
+        data=data,
+        body=body,
+    )
+
+
+def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
+    """Card fields given beside the files, checked like the card itself; they win over it. Raises UploadInvalid."""
+    known = {"description", "examples", "licence", "base_model", "tags"}
+    for name in claims.keys() - known:
+        raise _invalid(("card", name), name, f"one of {', '.join(sorted(known))}", "Leave this field out.")
+    result: dict[str, Any] = {}
+    for name in ("description", "base_model", "licence"):
+        if claims.get(name):
+            result[name] = _text(claims[name], name, file="card")
+    if len(result.get("licence", "")) > LICENCE_CHARACTERS:
+        raise _invalid(("card", "licence"), len(result["licence"]), f"at most {LICENCE_CHARACTERS} characters", "Name it by its identifier.")  # fmt: skip
+    if claims.get("examples"):
+        result["examples"] = list(
+            _texts(claims["examples"], EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "examples", file="card")
+        )
+    if claims.get("tags"):
+        result["tags"] = list(_texts(claims["tags"], TAGS_COUNT, TAG_CHARACTERS, "tags", file="card"))
+    return result
+
+
+def merged(card: Card, given: Mapping[str, Any]) -> Card:
+    """A card with the fields that were given beside it."""
+    return Card(
+        description=given.get("description", card.description),
+        examples=tuple(given.get("examples", card.examples)),
+        licence=given.get("licence", card.licence).lower(),
+        base_model=given.get("base_model", card.base_model),
+        tags=tuple(given.get("tags", card.tags)),
+        figures=card.figures,
+        data=card.data,
+        body=card.body,
+    )
+
+
+def first_paragraph(body: str) -> str:
+    """The first paragraph of prose, without headings, comments and the placeholders of a template card."""
+    for paragraph in re.split(r"\n\s*\n", PLACEHOLDER.sub("", body.replace("\r\n", "\n"))):
+        text = " ".join(line.strip() for line in paragraph.splitlines() if not line.lstrip().startswith("#")).strip()
+        if text and not re.match(r"[-*|>`!<\[]|\d+\.", text):
+            return text[:DESCRIPTION_CHARACTERS]
+    return ""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without anchors (they multiply) and without duplicate keys (readers disagree on them)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("anchors and aliases are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - yaml's signature
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"the key {str(key.value)[:80]!r} appears twice")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _front_matter(text: str) -> dict[str, Any]:
+    size_bytes = len(text.encode())
+    if size_bytes > FRONT_MATTER_BYTES:
+        raise _invalid((), f"{size_bytes} bytes of front matter", f"at most {FRONT_MATTER_BYTES} bytes", "Move long texts below the front matter.")  # fmt: skip
+    try:
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        data = {} if data is None else data
+        if not isinstance(data, dict):
+            raise _invalid((), type(data).__name__, "a mapping of names to values", "Write `name: value` lines between the --- lines.")  # fmt: skip
+        # Dates become text; what JSON cannot hold (NaN, binary, sets) is refused here rather than by every reader.
+        plain: dict[str, Any] = json.loads(json.dumps(data, default=_as_text, allow_nan=False))
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        met = " ".join(str(error).split())[:200] or type(error).__name__
+        raise _invalid((), met, "YAML of plain values", "Correct the front matter of README.md.") from error
+    if "\\u0000" in json.dumps(plain):
+        raise _invalid((), "a NUL character", "text", "Remove the NUL character.")
+    return plain
+
+
+def _as_text(value: Any) -> str:
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise TypeError(f"a value of type {type(value).__name__}")
+
+
+def _figures(data: Mapping[str, Any]) -> Iterator[Figure]:
+    """Figures of `model-index` as the Hub writes them: base and expert are told apart by the metric's name."""
+    for model in _dicts(data.get("model-index")):
+        for result in _dicts(model.get("results")):
+            dataset = result.get("dataset")
+            dataset = dataset if isinstance(dataset, dict) else {}
+            name = str(dataset.get("name") or dataset.get("type") or "")[:200]
+            yield from _figures_of(name, _dicts(result.get("metrics")))
+
+
+def _figures_of(dataset: str, metrics: list[dict[str, Any]]) -> Iterator[Figure]:
+    base: dict[str, float] = {}
+    own = []
+    for metric in metrics:
+        kind, value = str(metric.get("type") or metric.get("name") or "")[:80], metric.get("value")
+        if not kind or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            continue
+        if UNTOUCHED.search(str(metric.get("name", ""))):
+            base[kind] = float(value)
+        else:
+            arguments = metric.get("args")
+            count = arguments.get("n") if isinstance(arguments, dict) else None
+            own.append((kind, float(value), count if type(count) is int and 0 < count < 2**31 else None))
+    for kind, value, count in own:
+        yield Figure(dataset, kind, value, base.get(kind), count)
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _mapping(value: Any, *where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _invalid(
+            (files.CARD, *where), type(value).__name__, "a mapping", "Write `task:` and `examples:` below it."
+        )
+    return value
+
+
+def _text(value: Any, *where: str, file: str = files.CARD) -> str:
+    if not isinstance(value, str) or "\x00" in value:
+        raise _invalid((file, *where), type(value).__name__, "a text", "Write it as a text.")
+    if len(value) > DESCRIPTION_CHARACTERS:
+        raise _invalid((file, *where), f"{len(value)} characters", f"at most {DESCRIPTION_CHARACTERS} characters", "Shorten it.")  # fmt: skip
+    return value.strip()
+
+
+def _texts(value: Any, count: int, characters: int, *where: str, file: str = files.CARD) -> tuple[str, ...]:
+    if value is None or value == "":
+        return ()
+    items = value if isinstance(value, list) else [value]
+    if len(items) > count:
+        raise _invalid((file, *where), f"{len(items)} entries", f"at most {count}", "Keep the most telling ones.")
+    result = []
+    for position, item in enumerate(items):
+        text = str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item
+        text = _text(text, *where, str(position), file=file)
+        if len(text) > characters:
+            raise _invalid((file, *where, str(position)), f"{len(text)} characters", f"at most {characters} characters", "Shorten it.")  # fmt: skip
+        if text:
+            result.append(text)
+    return tuple(result)
+
+
+def _invalid(where: tuple[str, ...], met: object, wanted: object, remedy: str) -> UploadInvalid:
+    pointer = files.pointer_of(*(where or (files.CARD,)))
+    return UploadInvalid(
+        f"The card breaks a rule at {pointer}: met {met}, wanted {wanted}.",
+        faults=[Fault(pointer, met, wanted, remedy, "U1")],
+    )
