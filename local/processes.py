@@ -72,7 +72,7 @@ def start(command: Command, *, output: IO[bytes] | int) -> subprocess.Popen[byte
         cwd=command.folder,
         stdin=subprocess.DEVNULL,
         stdout=output,
-        stderr=output,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
         pass_fds=tuple(command.inherit),
         # The user is changed here too, because rights can only be kept across the change by the code that makes it.

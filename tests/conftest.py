@@ -21,7 +21,7 @@ import django  # noqa: E402
 
 django.setup()
 
-pytest_plugins = ["tests.servers", "tests.suites"]
+pytest_plugins = ["tests.servers", "tests.suites", "tests.browsers"]
 
 
 def pytest_unconfigure() -> None:

@@ -1,6 +1,6 @@
 """`bin/lock`: compile requirements.txt and requirements-dev.txt from their .in files.
 
-torch is pinned without its CUDA closure: which build a machine gets is decided where it is installed (local/install.py).
+torch is pinned without its CUDA closure: which build a machine gets is decided at its installation (local/install.py).
 """
 
 import argparse
