@@ -6,6 +6,9 @@ from django.urls import URLPattern, URLResolver, include, path
 
 from config import health
 
+handler404 = "frontend.views.common.not_found"
+handler500 = "frontend.views.common.broken"
+
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", health.alive),
     path("readyz", health.ready),

@@ -1,5 +1,28 @@
-"""Routes."""
+"""Every page on one screen."""
 
-from django.urls import URLPattern, URLResolver
+from django.urls import path
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from frontend.views import account, catalogue, docs, home, merging, uploading
+
+urlpatterns = [
+    path("", home.home, name="home"),
+    path("ask", home.ask, name="ask"),
+    path("search", catalogue.search, name="search"),
+    path("upload", uploading.upload, name="upload"),
+    path("merge", merging.builder, name="merge"),
+    path("merges/<str:merge_id>", merging.merge, name="merge-result"),
+    path("merges/<str:merge_id>/status", merging.status, name="merge-status"),
+    path("login", account.SignIn.as_view(), name="login"),
+    path("logout", account.sign_out, name="logout"),
+    path("join", account.join, name="join"),
+    path("settings", account.settings_page, name="settings"),
+    path("settings/keys", account.make_key, name="make-key"),
+    path("settings/keys/<int:key_id>/revoke", account.revoke_key, name="revoke-key"),
+    path("docs", docs.index, name="docs"),
+    path("docs/<slug:page>", docs.page, name="docs-page"),
+    path("<str:owner>", catalogue.owner, name="owner"),
+    path("<str:owner>/<str:name>", catalogue.expert, name="expert"),
+    path("<str:owner>/<str:name>/status", catalogue.status, name="expert-status"),
+    path("<str:owner>/<str:name>/change", catalogue.change, name="expert-change"),
+    path("<str:owner>/<str:name>/tree/<str:revision>", catalogue.expert, name="expert-tree"),
+]

@@ -1,7 +1,7 @@
 """Every read that is more than a .get(): what a viewer may see, which revision a name means, which file it holds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from django.contrib.auth.models import AnonymousUser
@@ -255,3 +255,69 @@ def search(viewer: Viewer, wanted: Search) -> QuerySet[Expert]:
     if wanted.kind:
         rows = rows.filter(adapter_kind__iexact=wanted.kind)
     return rows.order_by(*ORDERS[wanted.sort])
+
+
+def experts_named(full_names: list[str], viewer: Viewer) -> list[Expert]:
+    """The experts of a list of names that the viewer may see."""
+    names = [tuple(full_name.partition("/")[::2]) for full_name in full_names]
+    wanted = Q(pk__in=[])
+    for owner, name in names:
+        wanted |= Q(namespace__name__iexact=owner, key=name.casefold())
+    return list(Expert.objects.visible_to(viewer).filter(wanted).select_related("namespace", "base_model"))
+
+
+def merges_of(expert: Expert, viewer: Viewer) -> QuerySet[Merge]:
+    """Merges that have some revision of this expert as a parent, newest first."""
+    return (
+        Merge.objects.visible_to(viewer)
+        .filter(parents__revision__expert=expert)
+        .select_related("recipe")
+        .distinct()
+        .order_by("-created_at")
+    )
+
+
+def heads(experts: Iterable[Expert]) -> dict[int, Revision]:
+    """Head of `main` of each expert that has one, by the expert's id; one query for a whole page."""
+    rows = Ref.objects.filter(expert__in=list(experts), name="main").exclude(revision=None)
+    return {row.expert_id: row.revision for row in rows.select_related("revision__base_model") if row.revision}
+
+
+def files_by_revision(revisions: Iterable[Revision]) -> dict[int, list[File]]:
+    """Files of several revisions, sorted by path, by the revision's id; one query."""
+    found: dict[int, list[File]] = {}
+    for row in File.objects.filter(revision__in=list(revisions)).select_related("blob").order_by("path"):
+        found.setdefault(row.revision_id, []).append(row)
+    return found
+
+
+def ancestry(revision: Revision) -> list[int]:
+    """Ids of a revision and its ancestors, newest first."""
+    parents = dict(Revision.objects.filter(expert_id=revision.expert_id).values_list("pk", "parent_id"))
+    line: list[int] = []
+    at: int | None = revision.pk
+    while at is not None:
+        line.append(at)
+        at = parents.get(at)
+    return line
+
+
+def last_changes(revision: Revision) -> dict[str, Revision]:
+    """For each path of a revision the newest commit that changed its bytes."""
+    line = ancestry(revision)
+    trees: dict[int, dict[str, str]] = {pk: {} for pk in line}
+    for pk, path, blob in File.objects.filter(revision__in=line).values_list("revision_id", "path", "blob_id"):
+        trees[pk][path] = blob
+    rows = Revision.objects.in_bulk(line)
+    changes: dict[str, Revision] = {}
+    for path, blob in trees[line[0]].items():
+        place = 0
+        while place + 1 < len(line) and trees[line[place + 1]].get(path) == blob:
+            place += 1
+        changes[path] = rows[line[place]]
+    return changes
+
+
+def job_of_merge(merge: Merge) -> Job | None:
+    """The job that computes a merge, the newest one when it was asked for again."""
+    return Job.objects.filter(merge=merge, kind="merge").order_by("-created_at").first()
