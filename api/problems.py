@@ -17,6 +17,7 @@ from registry.errors import (
     Invalid,
     NotAllowed,
     NotFound,
+    RangeUnsatisfiable,
     RateExceeded,
     RequestInvalid,
     RequestMalformed,
@@ -46,6 +47,8 @@ def headers(error: HubError) -> dict[str, str]:
         found["WWW-Authenticate"] = 'Bearer realm="moerge"'
     if (offset := getattr(error, "offset", None)) is not None:
         found["Upload-Offset"] = str(offset)
+    if isinstance(error, RangeUnsatisfiable):
+        found["Content-Range"] = f"bytes */{error.size_bytes}"
     return found
 
 

@@ -293,7 +293,7 @@ def files_by_revision(revisions: Iterable[Revision]) -> dict[int, list[File]]:
 
 def ancestry(revision: Revision) -> list[int]:
     """Ids of a revision and its ancestors, newest first."""
-    parents = dict(Revision.objects.filter(expert_id=revision.expert_id).values_list("pk", "parent_id"))
+    parents = dict(Revision.objects.filter(expert=revision.expert).values_list("pk", "parent_id"))
     line: list[int] = []
     at: int | None = revision.pk
     while at is not None:

@@ -5,14 +5,14 @@ from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_sche
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from api import pagination
+from api import downloads, pagination
 from api.authentication import require
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import selectors
 from registry.errors import FileNotFound, NotReady
 from registry.models import Revision
-from registry.services import downloads, experts
+from registry.services import experts
 
 LIST_PARAMETERS = [
     OpenApiParameter("search", str, description="Words in name, description, examples or tags."),

@@ -14,7 +14,7 @@ from registry.models import Blob, Expert, File
 BLOCK_BYTES = 1 << 18
 # Clients ask for the weights once for each download, whatever else they look at.
 COUNTED = frozenset({"adapter_model.safetensors"})
-SINGLE_RANGE = re.compile(r"bytes=[ \t]*(\d*)-(\d*)[ \t]*")
+SINGLE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*")
 
 # Text is told to be text and nothing else; whatever a browser could run is sent as bytes.
 MEDIA_TYPES = {
@@ -47,16 +47,15 @@ class Download:
     size_bytes: int  # of the whole file
     is_partial: bool
 
-    def blocks(self) -> Iterator[bytes]:
-        """The bytes of the part and no more; closes the stream."""
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes of the part and no more."""
         left = self.part.length
-        with self.stream:
-            while left > 0:
-                block = self.stream.read(min(BLOCK_BYTES, left))
-                if not block:
-                    return
-                left -= len(block)
-                yield block
+        while left > 0 and (block := self.stream.read(min(BLOCK_BYTES, left))):
+            left -= len(block)
+            yield block
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 def parse_range(header: str | None, size_bytes: int) -> ByteRange | None:
@@ -66,9 +65,11 @@ def parse_range(header: str | None, size_bytes: int) -> ByteRange | None:
     Raises RangeUnsatisfiable for a range past the end.
     """
     match = SINGLE_RANGE.fullmatch(header or "")
-    if match is None or match.group(0).strip() == "bytes=-":
+    if match is None:
         return None
     first, last = match.groups()
+    if not first and not last:
+        return None
     if not first:
         start, stop = max(0, size_bytes - int(last)), size_bytes
     else:
@@ -109,7 +110,7 @@ def media_type(path: str) -> str:
     return MEDIA_TYPES.get(path.rpartition(".")[2].lower(), "application/octet-stream")
 
 
-def count(file: File, part: ByteRange) -> None:
-    """Count one download of an expert when the start of its weights is sent; later parts belong to the same one."""
-    if file.path in COUNTED and part.start == 0 and file.revision.expert_id is not None:
+def count(file: File) -> None:
+    """Count a download of an expert: called when the start of a file is sent, it counts for the weights."""
+    if file.path in COUNTED and file.revision.expert_id is not None:
         Expert.objects.filter(pk=file.revision.expert_id).update(downloads=F("downloads") + 1)

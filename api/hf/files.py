@@ -1,0 +1,38 @@
+"""Files of a revision, as download clients fetch them."""
+
+from django.http import HttpRequest, HttpResponseBase
+
+from api import downloads as answers
+from api.hf import addresses, snapshots
+from api.hf.door import Caller, endpoint
+from registry import selectors
+from registry.services import downloads
+
+
+@endpoint("GET", "HEAD")
+def resolve(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> HttpResponseBase:
+    """The bytes of a file, whole or in part; HEAD tells commit, size and digest."""
+    repository = selectors.repository(full_name, caller.viewer)
+    revision, path = addresses.split(request, before=3, rest=rest)
+    snapshot = snapshots.at(repository, revision, caller.viewer)
+    # With the commit on a 404, clients remember that the file is absent.
+    caller.headers["X-Repo-Commit"] = snapshot.commit
+    file = snapshot.file(path)
+    headers = {}
+    if file.is_large:
+        headers = {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.blob.size_bytes)}
+    response = answers.respond(
+        request,
+        blob=file.blob,
+        etag=file.etag,
+        filename=path.rpartition("/")[2],
+        commit=snapshot.commit,
+        is_private=snapshot.is_private,
+        is_fixed=revision == snapshot.commit,
+        headers=headers,
+    )
+    # A client in several streams asks for one range each: the one that starts the file counts.
+    starts_file = response.get("Content-Range", "bytes 0-").startswith("bytes 0-")
+    if request.method == "GET" and response.status_code in {200, 206} and starts_file:
+        downloads.count(file)
+    return response
