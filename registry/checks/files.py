@@ -137,6 +137,11 @@ def _not_allowed(path: str, name: str, pointer: str) -> UploadInvalid:
     return _refused(path, pointer, path[:120], wanted, "Leave this file out.", "U1")
 
 
+def is_weights(path: str) -> bool:
+    """Whether a file holds tensors."""
+    return path.casefold().endswith(".safetensors")
+
+
 def check_size(path: str, size_bytes: int, rule: Rule, *, pointer: str) -> None:
     """Raises TooLarge when a file of this kind may not have that size."""
     if size_bytes > rule.limit_bytes:
@@ -186,10 +191,15 @@ def check_content(path: str, file: Path, rule: Rule, *, limits: header.Limits) -
         _check_sentencepiece(path, file)
 
 
-def read_header(path: str, file: Path, *, limits: header.Limits) -> header.Header:
-    """The header of a weights file. Raises UploadInvalid."""
+def read_header(path: str, file: Path, *, limits: header.Limits, size_bytes: int | None = None) -> header.Header:
+    """The header of a weights file; `size_bytes` when the rest of it is still to come. Raises UploadInvalid."""
     try:
-        return header.read(file, limits)
+        if size_bytes is None:
+            return header.read(file, limits)
+        with file.open("rb") as stream:
+            first = stream.read(8)
+            more = stream.read(header.claimed_bytes(first, size_bytes, limits) - 8)
+        return header.parse(first + more, size_bytes, limits)
     except MoergeError as error:
         raise translated(error, path) from error
 
@@ -231,7 +241,7 @@ def translated(error: MoergeError, path: str) -> UploadInvalid:
 def _refuse_formats(path: str, first: bytes) -> None:
     """Name archives, pickles and programs whatever they are called."""
     found = next((what for magic, what in MAGICS if first.startswith(magic)), "")
-    is_header = path.casefold().endswith(".safetensors")
+    is_header = is_weights(path)
     # A safetensors file starts with its header's length, whose low bytes may look like a pickle's; header.py tells.
     if not found and not is_header and PICKLE.match(first):
         found = "a pickle, which can run code when it is opened"

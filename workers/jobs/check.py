@@ -1,0 +1,58 @@
+"""Check: what takes too long at the door. The stored bytes are read back and compared with their names."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moerge.errors import MoergeError
+from moerge.tensors import files as tensor_files
+from moerge.tensors import header
+from registry import storage
+from registry.checks import cards, files
+from registry.errors import Fault, HubError, StorageUnavailable, UploadInvalid
+from registry.models import File, Revision
+from registry.services import blobs, revisions
+from registry.services.limits import header_limits
+from workers.runner import Work
+
+
+def run(work: Work) -> dict[str, Any]:
+    """Read every file of the revision once more; write down the figures of its card. Can be run again."""
+    revision = Revision.objects.get(pk=work.lease.revision_id)
+    rows = list(File.objects.filter(revision=revision).select_related("blob"))
+    total = sum(row.blob.size_bytes for row in rows) or 1
+    done, tensors = 0, 0
+    for row in rows:
+        work.progress(done / total, f"Reading back {row.path}"[:300])
+        try:
+            with storage.current().as_path(row.blob_id) as path:
+                compare(row, path)
+                if files.is_weights(row.path):
+                    tensors += agree(row.path, path)
+                if row.path == files.CARD:
+                    revisions.record_figures(revision, cards.parse(files.read_text(row.path, path)).figures)
+        except FileNotFoundError as error:
+            raise StorageUnavailable(f"The bytes of {row.path} are not in the storage.") from error
+        done += row.blob.size_bytes
+    return {"files": len(rows), "bytes": done, "tensors": tensors}
+
+
+def compare(row: File, path: Path) -> None:
+    """The stored bytes against their digest. Raises HubError for damage."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        for chunk in blobs.chunks_of(stream):
+            digest.update(chunk)
+    if digest.hexdigest() != row.blob_id:
+        fault = Fault(files.pointer_of(row.path), digest.hexdigest(), row.blob_id, "Upload the file again.", "A8")
+        raise HubError(f"The stored bytes of {row.path} are damaged.", faults=[fault])
+
+
+def agree(path: str, file: Path) -> int:
+    """Whether the reference reader sees the same tensors in the stored bytes; returns how many."""
+    try:
+        found = header.read(file, header_limits())
+        tensor_files.check_agreement(file, found)
+    except MoergeError as error:
+        raise UploadInvalid.of(error) from error
+    return len(found.tensors)
