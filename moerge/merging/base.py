@@ -164,6 +164,34 @@ MISSING = choice(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A bound on the sum of the parameters `plus` less the parameters `minus`."""
+
+    plus: tuple[str, ...]
+    minus: tuple[str, ...] = ()
+    above: float | None = None
+    at_most: float | None = None
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise RecipeInvalid when the parameters together break the bound."""
+        total = math.fsum([*(parameters[name] for name in self.plus), *(-parameters[name] for name in self.minus)])
+        phrase = " - ".join([" + ".join(self.plus), *self.minus])
+        if self.above is not None and total <= self.above:
+            wanted = f"{phrase} more than {self.above:g}"
+        elif self.at_most is not None and total > self.at_most:
+            wanted = f"{phrase} at most {self.at_most:g}"
+        else:
+            return
+        raise RecipeInvalid(
+            f"{phrase} is {total:g}, wanted {wanted}.",
+            pointer=f"/parameters/{self.plus[0]}",
+            met=total,
+            wanted=wanted,
+            remedy=f"Change {' or '.join([*self.plus, *self.minus])}.",
+        )
+
+
 class Parameters(Mapping[str, Value]):
     """The checked parameters of one method, every default filled in, read as attributes: `parameters.density`."""
 
@@ -209,6 +237,7 @@ class Spec:
     group: int = 1
     needs: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
+    limits: tuple[Limit, ...] = ()
     rank_rule: RankRule = "dense"
     is_random: bool = False
     is_ordered: bool = False
@@ -231,7 +260,10 @@ class Spec:
     def parse(self, given: Mapping[str, object]) -> Parameters:
         """Check every given parameter and fill in the defaults. Raises RecipeInvalid."""
         checked = {name: self.parameter(name).check(value) for name, value in given.items()}
-        return Parameters({item.name: checked.get(item.name, item.default) for item in self.parameters})
+        parameters = Parameters({item.name: checked.get(item.name, item.default) for item in self.parameters})
+        for limit in self.limits:
+            limit.check(parameters)
+        return parameters
 
     def check_weights(self, weights: Sequence[float], parameters: Parameters) -> None:
         """Raise RecipeInvalid when a weight is not finite, or the method divides by a sum of weights that is zero."""
@@ -261,7 +293,10 @@ class Spec:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The card that `to_dict` wrote, also after a trip through JSON."""
         parameters = tuple(Parameter(**{**item, "choices": tuple(item["choices"])}) for item in values["parameters"])
-        return cls(**{**values, "needs": tuple(values["needs"]), "parameters": parameters})
+        limits = tuple(
+            Limit(**{**item, "plus": tuple(item["plus"]), "minus": tuple(item["minus"])}) for item in values["limits"]
+        )
+        return cls(**{**values, "needs": tuple(values["needs"]), "parameters": parameters, "limits": limits})
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

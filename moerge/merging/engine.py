@@ -201,8 +201,7 @@ def _core(method: Core, stream: Stream, name: str, parameters: Parameters) -> De
     dtype = np.result_type(*(delta_dtype(delta) for delta in present))
     if all(isinstance(delta, Factors) for delta in present):
         held = factors.cores(cast("list[Factors | None]", deltas))
-        merged = held.expand(method.merge(held.cores, stream.weights, held.ranks, parameters))
-        return Factors(merged.B.astype(dtype), merged.A.astype(dtype))
+        return _cast(held.expand(method.merge(held.cores, stream.weights, held.ranks, parameters)), dtype)
     shape = stream.shapes[name]
     values = np.stack([np.zeros(shape) if delta is None else _dense(delta).astype(np.float64) for delta in deltas])
     if len(shape) == 2:
@@ -220,7 +219,14 @@ def _ordered(method: Ordered, stream: Stream, parameters: Parameters) -> Iterato
         stream.watch.step()
     merged = method.finish(state)
     for name in stream.names:
-        yield name, merged[name]
+        dtypes = [delta_dtype(source.read(name)) for source in stream.sources if name in source.tensors]
+        yield name, _cast(merged[name], np.result_type(*dtypes))
+
+
+def _cast(delta: Delta, dtype: np.dtype[Any]) -> Delta:
+    if isinstance(delta, Factors):
+        return Factors(delta.B.astype(dtype), delta.A.astype(dtype))
+    return delta.astype(dtype)
 
 
 def _dense(delta: Delta) -> Array:

@@ -124,6 +124,18 @@ def _transposed_times(delta: Array, right: Array) -> Array:
     return total
 
 
+def count_above(sizes: Array, floor: float) -> int:
+    """How many singular values are larger than a floor."""
+    return int(np.count_nonzero(sizes > floor))
+
+
+def polar(matrix: Float64) -> Float64:
+    """The closest matrix with orthonormal rows or columns: U V^T of the SVD, on what is not negligible."""
+    U, S, Vt = np.linalg.svd(matrix, full_matrices=False)
+    rank = count_above(S, NEGLIGIBLE * S.max(initial=0.0))
+    return np.asarray(U[:, :rank] @ Vt[:rank])
+
+
 @dataclass(frozen=True)
 class Cores:
     """Deltas in the bases their factors span together: delta_t = left @ cores[t] @ right."""
@@ -160,7 +172,7 @@ def _canonical(item: Factors) -> Factors:
     wide = Factors(item.B.astype(np.float64), item.A.astype(np.float64))
     found = truncate(wide, wide.rank).factors
     sizes = np.einsum("ij,ij->j", found.B, found.B)
-    rank = max(1, int(np.count_nonzero(sizes > NEGLIGIBLE * sizes.max(initial=0.0))))
+    rank = max(1, count_above(sizes, NEGLIGIBLE * sizes.max(initial=0.0)))
     return Factors(found.B[:, :rank], found.A[:rank])
 
 
@@ -168,5 +180,5 @@ def _basis(columns: Float64) -> Float64:
     """Orthonormal basis of the span of some columns."""
     Q, R = np.linalg.qr(columns)
     U, sizes, _ = np.linalg.svd(R)
-    rank = max(1, int(np.count_nonzero(sizes > NEGLIGIBLE * sizes.max(initial=0.0))))
+    rank = max(1, count_above(sizes, NEGLIGIBLE * sizes.max(initial=0.0)))
     return np.asarray(Q @ U[:, :rank])

@@ -5,7 +5,7 @@ exact value is found there. When the sample misled, a radix histogram over the b
 few passes of bounded memory, whatever the values are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,16 @@ def cuts(stream: Stream, *, density: float, scope: str, minimum: int = 1, releas
     found: Cuts = {}
     for part in run_all(one, groups, threads=stream.threads):
         found.update(part)
+    return found
+
+
+def cuts_at(stream: Stream, counts: Mapping[str, int]) -> Cuts:
+    """The cuts that keep exactly the given number of values of each tensor in every expert."""
+    found: Cuts = {}
+    for expert, source in enumerate(stream.sources):
+        for name in stream.names:
+            if name in source.tensors:
+                found.update(_group_cuts(stream, expert, [name], counts[name], release=False))
     return found
 
 

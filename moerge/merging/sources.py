@@ -73,12 +73,12 @@ class Source:
     shapes: Mapping[str, tuple[int, ...]] | None = None
 
     def read(self, name: str) -> Delta:
-        """The delta of one tensor; of factors with their scaling in B."""
+        """The delta of one tensor; of factors with their scaling in A."""
         given = self.tensors[name]
         if isinstance(given, np.ndarray):
             return given if given.dtype.kind == "f" and given.dtype.itemsize >= 4 else given.astype(np.float32)
-        scaling = np.asarray(given.scaling, dtype=given.B.dtype)
-        return Factors(np.ascontiguousarray(given.B * scaling), np.ascontiguousarray(given.A))
+        scaling = np.asarray(given.scaling, dtype=given.A.dtype)
+        return Factors(np.ascontiguousarray(given.B), np.ascontiguousarray(given.A * scaling))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one delta."""

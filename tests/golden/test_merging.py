@@ -1,0 +1,307 @@
+"""Merge methods give what the reference implementations gave, in float32 and in float64.
+
+A case is dispatched on its method and params alone. What a reference does differently from the method here is stated
+in its params, and translated to the parameters of the method below.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from moerge import merging
+from moerge.merging import arrays, factors, noise
+from moerge.merging.methods import della
+from moerge.merging.sources import Factors
+from moerge.tensors.adapters import LowRank
+
+FAMILY = "merging"
+SEEDS = 100
+
+
+def items(case):
+    return [("float32", np.float32), ("float64", np.float64)]
+
+
+def test_the_reference_is_matched(golden, variant, request):
+    case, params = golden.case, golden.case["params"]
+    translate = TRANSLATIONS.get(case["method"])
+    method, parameters = translate(params) if translate else (case["method"], None)
+    if parameters is None or method not in merging.catalogue():
+        if request.config.getoption("--golden-allow-unbuilt"):
+            pytest.skip(f"not built: {case['method']}")
+        pytest.fail(f"not built: {case['method']}", pytrace=False)
+    stored = load_file(golden.folder / case["file"])
+    experts = read_experts(stored, case["experts"], dtype=variant)
+    if case["kind"] == "statistical":
+        check_statistics(method, parameters, experts[0], stored, case["tolerance"])
+        return
+    merged = arrays.merge(
+        method,
+        experts,
+        weights=weights_of(params, len(experts)),
+        parameters=parameters,
+        digests=[f"{position:04}" for position in range(len(experts))],
+    )
+    if case["level"] == "lora":
+        check_adapter(merged, experts, stored, case, method)
+        return
+    wanted = {name.removeprefix("out/"): values for name, values in stored.items() if name.startswith("out/")}
+    assert merged.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert merged[name].dtype == variant
+        assert_close(merged[name], values, case["tolerance"], name)
+
+
+def check_adapter(merged, experts, stored, case, method):
+    """Compare deltas, and the factors of cat, which are determined."""
+    params = case["params"]
+    modules = {
+        name[4:].rsplit(".delta", 1)[0] for name in stored if name.startswith("out/") and name.endswith(".delta")
+    }
+    assert merged.keys() == modules
+    total = max(sum(expert[module].rank for expert in experts if module in expert) for module in modules)
+    rank = output_rank(method, params, experts, total)
+    # The reference keeps use_rslora of the first adapter with lora_alpha = rank, so its scaling is sqrt(rank), not 1.
+    excess = math.sqrt(rank if rank is not None else total) if params.get("use_rslora") else 1.0
+    for module in modules:
+        result = merged[module]
+        if isinstance(result, Factors):
+            fitted = result if rank is None or result.rank <= rank else factors.truncate(result, rank).factors
+        else:
+            fitted = factors.truncate_dense(result, rank, key=noise.key(0, "svd", module)).factors
+        assert_close(excess * fitted.delta(), stored[f"out/{module}.delta"], case["tolerance"], module)
+        if method == "cat" and f"out/{module}.lora_A.weight" in stored:
+            A, B = stored[f"out/{module}.lora_A.weight"], stored[f"out/{module}.lora_B.weight"]
+            assert not A[fitted.rank :].any()
+            assert_close(fitted.A, A[: fitted.rank], case["tolerance"], f"{module} A")
+            assert_close(fitted.B, B[:, : fitted.rank], case["tolerance"], f"{module} B")
+
+
+def output_rank(method, params, experts, total):
+    """The rank the reference truncates to; None where its result is exact."""
+    if params.get("svd_rank"):
+        return params["svd_rank"]
+    if "svd" in str(params.get("combination_type", "")):
+        return max(found.rank for expert in experts for found in expert.values())
+    return None if merging.catalogue()[method].rank_rule in ("all", "sum") else total
+
+
+def check_statistics(method, parameters, expert, stored, tolerance):
+    """Survivors have the value stated, and over many seeds each value survives as often as stated."""
+    for name, values in expert.items():
+        survivor = stored[f"out/{name}.survivor_value"]
+        # The value of a zero says nothing about whether it survived.
+        live = (values != 0) & (survivor != 0)
+        share = stored.get(f"out/{name}.keep_probability")
+        if share is None:
+            share = np.full(values.shape, parameters["density"])
+        else:
+            checked = merging.catalogue()[method].parse(parameters)
+            found = della.keep_probability(values.reshape(-1, values.shape[-1]), checked).reshape(values.shape)
+            np.testing.assert_allclose(found, share, rtol=1e-5)
+        total, counts = np.zeros(values.shape), np.zeros(values.shape)
+        for seed in range(SEEDS):
+            out = arrays.merge(method, [expert], parameters=parameters, seed=seed, digests=["a"])[name]
+            kept = out != 0
+            assert_close(out[kept], survivor[kept], tolerance, f"{name}, seed {seed}")
+            total += out
+            counts += kept
+        spread = np.sqrt(share * (1 - share) / SEEDS)
+        z = ((counts / SEEDS - share) / spread)[live]
+        assert abs(z.mean()) < 5 / math.sqrt(z.size)
+        assert abs(z.std() - 1) < 0.1
+        errors = ((total / SEEDS - values) / (np.abs(survivor) * spread + 1e-30))[live]
+        assert abs(errors.mean()) < 5 / math.sqrt(errors.size)
+        again = arrays.merge(method, [expert], parameters=parameters, seed=1, digests=["a"])[name]
+        other = arrays.merge(method, [expert], parameters=parameters, seed=1, digests=["b"])[name]
+        np.testing.assert_array_equal(
+            again, arrays.merge(method, [expert], parameters=parameters, seed=1, digests=["a"])[name]
+        )
+        assert ((again != 0) != (other != 0)).any()
+
+
+def read_experts(stored, count, *, dtype):
+    """Deltas by tensor name, or LowRank records by module, per expert."""
+    experts = []
+    for position in range(count):
+        prefix = f"expert.{position}/"
+        own = {name.removeprefix(prefix): values for name, values in stored.items() if name.startswith(prefix)}
+        modules = {name.removesuffix(".lora_A.weight") for name in own if name.endswith(".lora_A.weight")}
+        if modules:
+            experts.append(
+                {
+                    module: LowRank(
+                        own[f"{module}.lora_A.weight"].astype(dtype),
+                        own[f"{module}.lora_B.weight"].astype(dtype),
+                        float(own[f"{module}.scaling"].ravel()[0]),
+                    )
+                    for module in modules
+                }
+            )
+        else:
+            experts.append({name: values.astype(dtype) for name, values in own.items()})
+    return experts
+
+
+def assert_close(got, wanted, tolerance, name):
+    assert got.shape == wanted.shape, name
+    allowed = tolerance["atol"] + tolerance["rtol"] * np.abs(wanted.astype(np.float64))
+    excess = np.abs(got.astype(np.float64) - wanted) / allowed
+    assert (excess <= 1).all(), f"{name}: {np.count_nonzero(excess > 1)} values off, the worst {excess.max():.3g} times"
+
+
+def weights_of(params, count):
+    weights = params.get("weights")
+    return weights if isinstance(weights, list) else [1.0] * count
+
+
+def density_of(params):
+    for name in ("density", "keep_fraction", "keep_top"):
+        if name in params:
+            return params[name]
+    for name in ("drop_rate", "mask_rate"):
+        if name in params:
+            return round(1 - params[name], 12)
+    return params.get("topK_percent", 100) / 100
+
+
+def scope_of(params):
+    scope = str(params.get("scope", "tensor"))
+    return next((known for known in ("global", "row") if scope.startswith(known)), "tensor")
+
+
+def min_keep_of(params, default):
+    return int(params.get("min_keep", default))
+
+
+def linear(params):
+    return "linear", {"normalize": params.get("normalize", False)}
+
+
+def task_arithmetic(params):
+    return "task_arithmetic", {"scale": params.get("scale", 1.0), "normalize": params.get("normalize", False)}
+
+
+def magnitude_prune(params):
+    return "magnitude_prune", {
+        "density": density_of(params),
+        "scope": scope_of(params),
+        "min_keep": min_keep_of(params, 0 if "combination_type" in params else 1),
+        "scale": params.get("scale", 1.0),
+        "normalize": params.get("normalize", False),
+    }
+
+
+def ties(params):
+    election, merge = str(params.get("elect", "")), str(params.get("merge", "mean"))
+    if "threshold_rule" in params or "keep_fraction" in params:
+        variant = "release"
+    elif "combination_type" in params or "majority_sign_method" in params or "UNWEIGHTED" in election.upper():
+        variant = "peft"
+    else:
+        variant = "mergekit"
+    parameters = {
+        "variant": variant,
+        "density": density_of(params),
+        "scale": params.get("scale", 1.0),
+        "elect": params.get("majority_sign_method", "total"),
+        "aggregate": next((word for word in ("mean", "sum", "max") if merge.endswith(f"dis-{word}")), "mean"),
+        "normalize": params.get("normalize", True),
+    }
+    if "scope" in params:
+        parameters["scope"] = scope_of(params)
+    if "min_keep" in params:
+        parameters["min_keep"] = params["min_keep"]
+    if "zero_sign" in params:
+        parameters["zero_sign"] = "majority" if "majority" in params["zero_sign"] else "positive"
+    return "ties", parameters
+
+
+def dare(params):
+    return "dare", {
+        "density": density_of(params),
+        "rescale": "l1" if "l1" in str(params.get("rescale", "")) else "density",
+        "elect": "ties" if "elect" in params else "none",
+        "normalize": params.get("normalize", False),
+        "scale": params.get("scale", 1.0),
+    }
+
+
+def della_drop(params):
+    epsilon = params["epsilon"] if "epsilon" in params else params["window_size"] / 2
+    return "della", {
+        "density": density_of(params), "epsilon": epsilon, "elect": "none", "normalize": False, "scale": 1.0,
+    }  # fmt: skip
+
+
+def breadcrumbs(params):
+    return "breadcrumbs", {
+        "density": density_of(params),
+        "gamma": params["gamma"] if "gamma" in params else params["remove_top"],
+        "scope": scope_of(params),
+        "scale": params.get("scale", 1.0),
+        "normalize": params.get("normalize", False),
+    }
+
+
+def magmax(params):
+    tie = next((word for word in ("first", "mean") if word in str(params.get("tie", ""))), "last")
+    return "magmax", {"scale": params.get("scale", 1.0), "tie": tie}
+
+
+def sce(variant):
+    return lambda params: ("sce", {"select": params["select_topk"], "variant": variant})
+
+
+def pcb(params):
+    return "pcb", {"ratio": params["ratio"], "scale": params.get("scale", 1.0)}
+
+
+def consensus_ta(params):
+    return "consensus_ta", {
+        "threshold": params["tall_lambda"], "min_experts": params["min_tasks"], "scale": params.get("scale", 1.0),
+    }  # fmt: skip
+
+
+def iso_cts(params):
+    return "iso_cts", {"common": params["common_space_fraction"], "scale": params.get("scale", 1.0)}
+
+
+def scaled(method):
+    return lambda params: (method, {"scale": params.get("scale", 1.0)})
+
+
+def opcm(params):
+    return "opcm", {"alpha": params["alpha"]}
+
+
+def plain(method):
+    return lambda _params: (method, {})
+
+
+TRANSLATIONS = {
+    "linear": linear,
+    "task_arithmetic": task_arithmetic,
+    "magnitude_prune": magnitude_prune,
+    "ties": ties,
+    "dare": dare,
+    "della": della_drop,
+    "breadcrumbs": breadcrumbs,
+    "magmax": magmax,
+    "sce": sce("mergekit"),
+    "sce_fuseai": sce("fuseai"),
+    "pcb": pcb,
+    "consensus_ta": consensus_ta,
+    "iso_c": scaled("iso_c"),
+    "iso_cts": iso_cts,
+    "tsv_m": scaled("tsv_m"),
+    "opcm": opcm,
+    "cat": plain("cat"),
+    "svd": plain("svd"),
+    "lora_cat": plain("cat"),
+    "lora_svd": plain("svd"),
+    "lora_ties_svd": ties,
+    "lora_magnitude_prune_svd": magnitude_prune,
+}
