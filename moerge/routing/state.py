@@ -40,7 +40,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Hits, best first, and how they were found; `exhausted` when a greater depth would find no others.
+    """Hits, best first, and how they were found; `exhausted` when a greater depth and limit would find no others.
 
     `strategy` differs from the one asked for when that needs a query vector and there was none.
     """
@@ -114,10 +114,14 @@ class State:
         for part in parts:
             candidates = part.candidates(query, depth=depth, allow=allow)
             scores = np.round(chosen.score(query, candidates), _DIGITS)
-            order = np.lexsort((np.array(candidates.experts, dtype=object), -scores))[:limit]
+            order = np.lexsort((np.array(candidates.experts, dtype=object), -scores))
+            order = order if limit is None else order[: limit + 1]
             hits.extend(_hit(part, candidates, int(place), float(scores[place]), chosen.SPEC) for place in order)
         hits.sort(key=lambda hit: (-hit.score, hit.expert))
-        exhausted = allow is not None or all(depth >= len(part) for part in parts)
+        # One more than asked for was kept of each partition, which tells whether the limit hides any.
+        exhausted = (allow is not None or all(depth >= len(part) for part in parts)) and (
+            limit is None or len(hits) <= limit
+        )
         return Ranking(hits=tuple(hits[:limit]), strategy=chosen.SPEC, exhausted=exhausted)
 
 

@@ -335,6 +335,7 @@ class Migration(migrations.Migration):
             fields=[
                 ('seq', models.BigIntegerField(primary_key=True, serialize=False)),
                 ('operation', models.CharField(choices=[('put', 'Put'), ('remove', 'Remove')], max_length=8)),
+                ('card', models.JSONField(blank=True, default=dict)),
                 ('at', models.DateTimeField(auto_now_add=True)),
                 ('expert', models.ForeignKey(on_delete=django.db.models.deletion.CASCADE, related_name='routing_changes', to='registry.expert')),
                 ('revision', models.ForeignKey(null=True, on_delete=django.db.models.deletion.CASCADE, related_name='+', to='registry.revision')),

@@ -51,6 +51,8 @@ class RoutingChange(models.Model):
     expert = models.ForeignKey(Expert, on_delete=models.CASCADE, related_name="routing_changes")
     revision = models.ForeignKey(Revision, null=True, on_delete=models.CASCADE, related_name="+")
     operation = models.CharField(max_length=8, choices=Operation.choices)
+    # What the index reads of the expert as of this change: its id, name, description, examples, base model.
+    card = models.JSONField(default=dict, blank=True)
     at = models.DateTimeField(auto_now_add=True)
 
     def __str__(self) -> str:

@@ -1,21 +1,348 @@
-"""Which experts fit a query: asked of the router process, then checked against the database."""
+"""Which experts fit a query, and what makes an expert routable.
 
+A query goes to the router process, which ranks by text alone; what it answers is checked against the database before
+anybody sees it, so that hiding or deleting an expert counts from that moment on. What can be routed is told to the
+routers by a log under one clock (RoutingChange, RoutingClock).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from registry import selectors
-from registry.models import Expert, RoutingChange, RoutingClock
+import numpy as np
+from django.db import connection, transaction
+from django.db.models import Q
+
+from moerge import embedding
+from moerge.routing import cards
+from registry import jobs, selectors
+from registry.errors import Fault, IndexNotReady, QueryInvalid, TooLarge
+from registry.models import BaseModel, Embedding, Expert, Revision, RoutingChange, RoutingClock
+from registry.selectors import Viewer
+from registry.services import bases, router_link
+
+MAX_TEXTS = 32
+MAX_CHARACTERS = 20_000
+MAX_RESULTS = 50
+
+# Of what the router answers some may be hidden from this caller; three times as many leave enough as a rule.
+_SPARES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A query that keeps the rules. `allow` holds the ids that the filters leave, None where there are no filters."""
+
+    texts: tuple[str, ...]
+    base: BaseModel | None
+    top_k: int
+    min_score: float | None
+    min_seq: int
+    strategy: str | None
+    explain: bool
+    allow: tuple[str, ...] | None
+
+
+def route(
+    *,
+    viewer: Viewer,
+    text: str | None = None,
+    texts: Sequence[str] | None = None,
+    base_model: str | None = None,
+    top_k: int = 10,
+    filters: Mapping[str, Any] | None = None,
+    min_score: float | None = None,
+    min_seq: int | None = None,
+    explain: bool = False,
+    strategy: str | None = None,
+) -> dict[str, Any]:
+    """The experts for a text, or for each of several: what `POST /api/v1/route` answers.
+
+    An answer is empty and `abstained` when its best score is below `min_score` (by default the strategy's own).
+    `degraded` tells that words alone decided because the encoder is still loading; `embedding_model` is None then.
+    Raises QueryInvalid, TooLarge, BaseUnknown, and IndexNotReady when the router is away or behind `min_seq`.
+    """
+    asked = Asked(
+        texts=_texts(text, texts),
+        base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
+        top_k=_number("/top_k", top_k, low=1, high=MAX_RESULTS),
+        min_score=min_score,
+        min_seq=_published(min_seq),
+        strategy=strategy,
+        explain=explain,
+        allow=_allowed(viewer, filters) if filters else None,
+    )
+    found = _ranked(viewer, asked)
+    about = {"index_seq": found["seq"], "embedding_model": found["embedding_model"]}
+    answers = [_answer(asked, ranking, found["strategy"]) for ranking in found["rankings"]]
+    if texts is None:
+        return {**answers[0], **about}
+    return {"answers": answers, **about}
 
 
 def router_health() -> dict[str, Any]:
-    raise NotImplementedError
+    """What the router process says of itself: encoder and index, each ready or loading. Raises IndexNotReady."""
+    return router_link.health()
 
 
-def changed(expert: Expert) -> None:
-    """Tell the routers that an expert may have become routable or may have left; inside the caller's transaction."""
-    head = selectors.routable().filter(expert=expert).first()
-    operation = RoutingChange.Operation.REMOVE if head is None else RoutingChange.Operation.PUT
-    RoutingClock.objects.get_or_create(pk=1)
-    clock = RoutingClock.objects.select_for_update().get(pk=1)
-    clock.seq += 1
-    clock.save(update_fields=["seq"])
-    RoutingChange.objects.create(seq=clock.seq, expert=expert, revision=head, operation=operation)
+# What makes an expert routable
+
+
+def embed(revision: Revision) -> dict[str, Any]:
+    """Store the vectors of a revision's card; nothing is encoded again while card and encoder are the same.
+
+    Raises IndexNotReady while the router cannot encode.
+    """
+    assert revision.expert is not None
+    card = card_of(revision.expert, revision)
+    digest = cards.digest(card)
+    if _is_embedded(revision, digest):
+        return {"encoder": embedding.ENCODER_ID, "vectors": len(cards.texts(card)) + 1, "reused": True}
+    encoder, vectors = router_link.encode(list(cards.texts(card)))
+    entry = cards.entry(card, vectors)
+    kinds = [(Embedding.Kind.DESCRIPTION, 0), (Embedding.Kind.CENTROID, 0)]
+    kinds += [(Embedding.Kind.EXAMPLE, position) for position in range(len(entry.vectors) - len(kinds))]
+    with transaction.atomic():
+        # Two runs of the same job take turns here, and the later one finds nothing to complain about.
+        Revision.objects.select_for_update().get(pk=revision.pk)
+        Embedding.objects.filter(revision=revision, encoder=encoder).delete()
+        Embedding.objects.bulk_create(
+            Embedding(
+                revision=revision,
+                encoder=encoder,
+                kind=kind,
+                position=position,
+                text_digest=digest,
+                vector=row.astype("<f2").tobytes(),
+            )
+            for (kind, position), row in zip(kinds, entry.vectors.astype(np.float16), strict=True)
+        )
+    return {"encoder": encoder, "vectors": len(kinds), "reused": False}
+
+
+def publish_to_index(revision: Revision) -> int | None:
+    """Tell the routers that an expert is routable by this revision; returns the number of the change.
+
+    None when the revision is not what `main` points at, or its expert may not be routed.
+    Raises IndexNotReady when its vectors are not those of its card.
+    """
+    assert revision.expert_id is not None
+    with transaction.atomic():
+        # Whoever moves `main`, yanks or deletes locks the expert first; so what holds here holds until the commit.
+        expert = Expert.objects.select_for_update(of=("self",)).select_related("namespace").get(pk=revision.expert_id)
+        if selectors.head(expert) != revision or expert.deleted_at or expert.yanked_at:
+            return None
+        card = card_of(expert, revision)
+        if not _is_embedded(revision, cards.digest(card)):
+            raise IndexNotReady("The card changed after its vectors were made.")
+        return _log(expert, revision=revision, card=_record(card))
+
+
+def withdraw(expert: Expert) -> int | None:
+    """Tell the routers that an expert left; None when they never heard of it."""
+    with transaction.atomic():
+        if not RoutingChange.objects.filter(expert=expert, operation=RoutingChange.Operation.PUT).exists():
+            return None
+        return _log(expert, revision=None, card={})
+
+
+def changed(expert: Expert) -> int | None:
+    """Bring the routers in line after an expert was renamed, hidden, yanked, deleted, put back or re-worded.
+
+    Call it in the transaction of that change, last: it holds the clock, for which every other change waits.
+    Returns the number of the change, None where nothing changes for the routers.
+    """
+    if expert.deleted_at or expert.yanked_at:
+        return withdraw(expert)
+    head = selectors.head(expert)
+    stored = RoutingChange.objects.filter(expert=expert, operation=RoutingChange.Operation.PUT).first()
+    if head is not None and Embedding.objects.filter(revision=head, encoder=embedding.ENCODER_ID).exists():
+        card = card_of(expert, head)
+        if _is_embedded(head, cards.digest(card)):
+            record = _record(card)
+            is_same = stored is not None and (stored.revision_id, stored.card) == (head.pk, record)
+            return None if is_same else _log(expert, revision=head, card=record)
+        _embed_again(head, cards.digest(card))
+    if stored is None or stored.card["expert"] == expert.full_name:
+        return None
+    # Until the new words have vectors, the old ones stand under the new name.
+    return _log(expert, revision=stored.revision, card={**stored.card, "expert": expert.full_name})
+
+
+def card_of(expert: Expert, revision: Revision) -> cards.Card:
+    """The card of an expert as routing reads it."""
+    return cards.Card(
+        expert=expert.full_name,
+        base_model=revision.base_model.name if revision.base_model else "",
+        name=expert.name,
+        description=expert.description,
+        examples=tuple(expert.examples),
+        revision=str(revision.pk),
+    )
+
+
+def _embed_again(revision: Revision, digest: str) -> None:
+    """Ask for the vectors of a card whose words changed without a new revision."""
+    key = f"r{revision.pk}:{digest[:32]}"
+    first = jobs.enqueue(jobs.JobKind.EMBED, revision=revision, key=f"{jobs.JobKind.EMBED}:{key}")
+    jobs.enqueue(jobs.JobKind.INDEX, revision=revision, after=first, key=f"{jobs.JobKind.INDEX}:{key}")
+
+
+def _is_embedded(revision: Revision, digest: str) -> bool:
+    stored = Embedding.objects.filter(revision=revision, encoder=embedding.ENCODER_ID)
+    return stored.filter(text_digest=digest).exists()
+
+
+def _record(card: cards.Card) -> dict[str, Any]:
+    return {
+        "expert": card.expert,
+        "base_model": card.base_model,
+        "name": card.name,
+        "description": card.description,
+        "examples": list(card.examples),
+    }
+
+
+def _log(expert: Expert, *, revision: Revision | None, card: dict[str, Any]) -> int:
+    """Write a change under the next number of the clock, in the caller's transaction.
+
+    The clock's row stays locked until the commit. So numbers are given in the order of commits and none is skipped:
+    whoever has read number n has seen all changes up to n. (A sequence would hand out n + 1 to a transaction that
+    commits before n does, and a reader would pass n by.)
+    """
+    table = connection.ops.quote_name(RoutingClock._meta.db_table)  # noqa: SLF001  # Django's documented name.
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"INSERT INTO {table} AS clock (id, seq) VALUES (1, 1) "  # noqa: S608  # The name is our own.
+            "ON CONFLICT (id) DO UPDATE SET seq = clock.seq + 1 RETURNING seq"
+        )
+        seq = int(cursor.fetchone()[0])
+    # Each change replaces all that was known of its expert, so the log needs the last one only.
+    RoutingChange.objects.filter(expert=expert).delete()
+    operation = RoutingChange.Operation.PUT if revision else RoutingChange.Operation.REMOVE
+    RoutingChange.objects.create(seq=seq, expert=expert, revision=revision, operation=operation, card=card)
+    return seq
+
+
+# Asking, checking, answering
+
+
+def _texts(text: str | None, texts: Sequence[str] | None) -> tuple[str, ...]:
+    if (text is None) == (texts is None):
+        met = "neither" if text is None else "both"
+        raise _invalid("Give either one text or a list of texts.", "/text", met, "text or texts")
+    wanted = (
+        [("/text", text)] if text is not None else [(f"/texts/{place}", one) for place, one in enumerate(texts or ())]
+    )
+    if not 1 <= len(wanted) <= MAX_TEXTS:
+        raise _invalid("Too few or too many texts.", "/texts", len(wanted), f"1 to {MAX_TEXTS} texts")
+    for pointer, one in wanted:
+        if not one or not one.strip():
+            raise _invalid("A text is empty.", pointer, "", "a text with a visible character")
+        if len(one) > MAX_CHARACTERS:
+            fault = Fault(
+                pointer, len(one), f"at most {MAX_CHARACTERS} characters", "Send the part that says the task."
+            )
+            raise TooLarge("A text is too long.", faults=[fault])
+    return tuple(one for _, one in wanted if one)
+
+
+def _number(pointer: str, value: int, *, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise _invalid(f"{pointer[1:]} is out of range.", pointer, value, f"{low} to {high}")
+    return value
+
+
+def _published(seq: int | None) -> int:
+    """`min_seq` as a number that some change has. Raises IndexNotReady for one that none has yet."""
+    if not seq:
+        return 0
+    clock = RoutingClock.objects.values_list("seq", flat=True).first() or 0
+    if seq > clock:
+        raise IndexNotReady(f"No change has number {seq} yet; the last one is {clock}.", retry_after_seconds=1)
+    return seq
+
+
+def _allowed(viewer: Viewer, filters: Mapping[str, Any]) -> tuple[str, ...]:
+    """Ids of the experts that pass the filters, as the router knows them."""
+    passing = Q()
+    if owner := filters.get("owner"):
+        passing &= Q(namespace__name__iexact=owner)
+    if tags := filters.get("tags"):
+        passing &= Q(tags__contains=list(tags))
+    if licence := filters.get("licence"):
+        passing &= Q(licence__iexact=licence)
+    rows = Expert.objects.visible_to(viewer).filter(passing, yanked_at=None)
+    return tuple(f"{owner}/{name}" for owner, name in rows.values_list("namespace__name", "name"))
+
+
+def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
+    """The router's answer with what the caller may see, going deeper where too few of the hits are left."""
+    limit = _SPARES * asked.top_k
+    kept: dict[int, dict[str, Any]] = {}
+    open_places = list(range(len(asked.texts)))
+    while True:
+        found = router_link.route(
+            {
+                "texts": [asked.texts[place] for place in open_places],
+                "base_model": asked.base.name if asked.base else None,
+                "strategy": asked.strategy,
+                "limit": limit,
+                "allow": asked.allow,
+                "min_seq": asked.min_seq,
+                "explain": asked.explain,
+            }
+        )
+        rankings = found["rankings"]
+        rows = _visible(viewer, asked.base, (hit["revision"] for ranking in rankings for hit in ranking["hits"]))
+        for place, ranking in zip(open_places, rankings, strict=True):
+            hits = [(hit, rows[hit["revision"]]) for hit in ranking["hits"] if hit["revision"] in rows]
+            kept[place] = {**ranking, "hits": hits[: asked.top_k]}
+        open_places = [
+            place
+            for place, ranking in zip(open_places, rankings, strict=True)
+            if len(kept[place]["hits"]) < asked.top_k and not ranking["exhausted"]
+        ]
+        if not open_places:
+            return {**found, "rankings": [kept[place] for place in range(len(asked.texts))]}
+        limit *= 8
+
+
+def _visible(viewer: Viewer, base: BaseModel | None, revision_ids: Iterable[int]) -> dict[int, Revision]:
+    """Of these revisions the ready ones, on this base, of experts that the caller may see and that are not yanked."""
+    rows = Revision.objects.filter(
+        pk__in=set(revision_ids),
+        state=Revision.State.READY,
+        expert__in=Expert.objects.visible_to(viewer).filter(yanked_at=None),
+    )
+    if base is not None:
+        rows = rows.filter(base_model=base)
+    return {row.pk: row for row in rows.select_related("expert__namespace", "base_model")}
+
+
+def _answer(asked: Asked, ranking: dict[str, Any], wanted: str) -> dict[str, Any]:
+    hits = ranking["hits"]
+    threshold = ranking["min_score"] if asked.min_score is None else asked.min_score
+    abstained = not hits or hits[0][0]["score"] < threshold
+    return {
+        "results": [] if abstained else [_result(hit, row) for hit, row in hits],
+        "abstained": abstained,
+        "min_score": threshold,
+        "strategy": ranking["strategy"],
+        "degraded": ranking["strategy"] != wanted,
+    }
+
+
+def _result(hit: dict[str, Any], row: Revision) -> dict[str, Any]:
+    assert row.expert is not None
+    assert row.base_model is not None
+    return {
+        **hit,
+        "expert": row.expert.full_name,
+        "revision": row.commit,
+        "base_model": row.base_model.name,
+    }
+
+
+def _invalid(detail: str, pointer: str, met: object, wanted: object) -> QueryInvalid:
+    return QueryInvalid(detail, faults=[Fault(pointer, met, wanted, "Correct this field.")])

@@ -1,0 +1,78 @@
+"""The line from web and workers to the router process: kept-alive HTTP, JSON both ways, a shared secret."""
+
+import base64
+from functools import cache
+from typing import Any
+
+import httpx
+import numpy as np
+from django.conf import settings
+from numpy.typing import NDArray
+
+from registry.errors import Fault, IndexNotReady, QueryInvalid
+
+SECRET_HEADER = "X-Router-Secret"  # noqa: S105  # The header's name.
+RETRY_SECONDS = 2
+HEALTH_SECONDS = 2.0
+
+# Servers close idle connections after two seconds; a client that lets go first never writes into a closed one.
+_KEEPALIVE_SECONDS = 1.5
+
+
+def route(body: dict[str, Any]) -> dict[str, Any]:
+    """Rankings of texts, as `registry.services.router.Router.route` answers them."""
+    return _ask("POST", "/route", body=body, seconds=settings.HUB_ROUTER_TIMEOUT_SECONDS)
+
+
+def encode(texts: list[str]) -> tuple[str, NDArray[np.float32]]:
+    """The encoder's id and the unit vectors of texts, (n, 384). Raises IndexNotReady while the encoder loads."""
+    # A card of 33 long texts takes seconds on a busy core; nobody waits at a page for it.
+    answer = _ask("POST", "/encode", body={"texts": texts}, seconds=60 + settings.HUB_ROUTER_TIMEOUT_SECONDS)
+    rows = np.frombuffer(base64.b64decode(answer["vectors"]), dtype="<f4")
+    return answer["encoder"], rows.reshape(len(texts), -1)
+
+
+def health() -> dict[str, Any]:
+    """What the router says of itself. Raises IndexNotReady when it does not answer."""
+    return _ask("GET", "/health", body=None, seconds=HEALTH_SECONDS)
+
+
+@cache
+def _client() -> httpx.Client:
+    limits = httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=_KEEPALIVE_SECONDS)
+    # The router is a neighbour: a proxy that the environment names is for other hosts.
+    return httpx.Client(limits=limits, trust_env=False)
+
+
+def _ask(method: str, path: str, *, body: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    try:
+        response = _send(method, path, body=body, seconds=seconds)
+    except httpx.TransportError as error:
+        raise IndexNotReady(
+            f"The router does not answer: {type(error).__name__}.", retry_after_seconds=RETRY_SECONDS
+        ) from error
+    if response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
+        refusal = response.json()
+        fault = Fault(refusal["pointer"], refusal["met"], refusal["wanted"], refusal["remedy"])
+        raise QueryInvalid(refusal["detail"], faults=[fault])
+    if not response.is_success:
+        raise IndexNotReady(_reason(response), retry_after_seconds=RETRY_SECONDS)
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def _send(method: str, path: str, *, body: dict[str, Any] | None, seconds: float) -> httpx.Response:
+    url = settings.HUB_ROUTER_URL.rstrip("/") + path
+    headers = {SECRET_HEADER: settings.HUB_ROUTER_SECRET}
+    timeout = httpx.Timeout(seconds, connect=2.0)
+    try:
+        return _client().request(method, url, json=body, headers=headers, timeout=timeout)
+    except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+        # The connection was kept alive to a router that has gone since; asking twice changes nothing there.
+        return _client().request(method, url, json=body, headers=headers, timeout=timeout)
+
+
+def _reason(response: httpx.Response) -> str:
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return str(response.json()["detail"])
+    return f"The router answered {response.status_code}."
