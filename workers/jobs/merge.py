@@ -1,0 +1,94 @@
+"""Carry out a merge: read the parents' weights, merge, write card, recipe and lineage beside the result."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from typing import Any
+
+from django.conf import settings
+
+from moerge.merging import recipe as recipes
+from moerge.merging import run as merging
+from moerge.merging.recipe import Recipe
+from moerge.tensors import adapters
+from registry import selectors, storage
+from registry.models import Merge, Revision
+from registry.services import blobs, merges
+from workers import cards
+from workers.runner import Stopped, Work
+
+
+def run(work: Work) -> dict[str, Any]:
+    """Compute one merge. A second run finds the result of the first."""
+    merge = Merge.objects.select_related("recipe", "base_model").get(pk=work.lease.merge_id)
+    if merge.state == Merge.State.READY:
+        return {"commit": merge.commit}
+    recipe = parsed(merge)
+    parents = {
+        merges.content_digest(parent.revision): parent.revision
+        for parent in merge.parents.select_related("revision__expert__namespace")
+    }
+    folder = blobs.staging_path()
+    folder.mkdir()
+    try:
+        with ExitStack() as opened:
+            loaded = {digest: load(revision, opened) for digest, revision in parents.items()}
+            work.progress(0.02, f"Merging {len(loaded)} experts")
+            report = merging.merge(
+                recipe,
+                loaded,
+                folder,
+                memory_bytes=settings.HUB_MERGE_MEMORY_BYTES,
+                progress=lambda share: work.progress(0.02 + 0.93 * share),
+                cancelled=work.is_stopped,
+            ).to_dict()
+        work.progress(0.96, "Storing the result")
+        texts = {
+            "README.md": cards.of_merge(merge, recipe, report),
+            "recipe.json": json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n",
+            "lineage.json": json.dumps(lineage(merge, report), indent=2, sort_keys=True) + "\n",
+        }
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        merges.finish(merge=merge, files=merges.stage_folder(folder), report=report)
+    except merging.Cancelled as error:
+        raise Stopped from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"commit": merge.commit, "rank": report["rank"], "energy_kept": report["energy_kept"]}
+
+
+def parsed(merge: Merge) -> Recipe:
+    """The recipe of a merge, read back from its canonical bytes."""
+    body = json.loads(merge.recipe.canonical)
+    body.pop("version")
+    return recipes.parse(body)
+
+
+def load(revision: Revision, opened: ExitStack) -> adapters.Adapter:
+    """The adapter of a revision, open for as long as `opened` lasts."""
+    kept = storage.current()
+    with kept.open(selectors.file(revision, merges.CONFIG).blob_id) as file:
+        config = adapters.parse_config(file.read())
+    path = opened.enter_context(kept.as_path(selectors.file(revision, merges.WEIGHTS).blob_id))
+    return adapters.load(config, path)
+
+
+def lineage(merge: Merge, report: dict[str, Any]) -> dict[str, Any]:
+    """Where a merge comes from, for machines: the recipe's digest and every parent by commit and file digest."""
+    return {
+        "recipe_digest": merge.recipe_id,
+        "commit": merge.commit,
+        "base_model": merge.base_model.name,
+        "method": merge.recipe.method,
+        "energy_kept": report["energy_kept"],
+        "parents": [
+            {
+                "expert": parent.revision.expert.full_name if parent.revision.expert else None,
+                "revision": parent.revision.commit,
+                "weight": parent.weight,
+                "weights_sha256": selectors.file(parent.revision, merges.WEIGHTS).blob_id,
+            }
+            for parent in merge.parents.select_related("revision__expert__namespace")
+        ],
+    }
