@@ -46,7 +46,7 @@ class KeyAuthentication(BaseAuthentication):
         return 'Bearer realm="moerge"'
 
 
-class KeyScheme(OpenApiAuthenticationExtension):
+class KeyScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
     """How the key appears in the OpenAPI file."""
 
     target_class = "api.authentication.KeyAuthentication"
@@ -61,7 +61,14 @@ def require(request: Request, scope: str) -> User:
 
     Raises Unauthenticated or ScopeMissing.
     """
-    return allow(request.user, request.auth, scope)
+    return allow(request.user, request.auth if isinstance(request.auth, ApiKey) else None, scope)
+
+
+def viewer_of(request: Request) -> User | AnonymousUser:
+    """Whose eyes a read has: a key without scope read sees what everybody sees."""
+    if isinstance(request.auth, ApiKey) and "read" not in request.auth.scopes:
+        return AnonymousUser()
+    return request.user
 
 
 def allow(user: User | AnonymousUser, key: ApiKey | None, scope: str) -> User:

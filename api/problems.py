@@ -98,7 +98,7 @@ def of_framework(error: exceptions.APIException) -> HubError:
     if isinstance(error, exceptions.PermissionDenied):
         return NotAllowed(str(error.detail))
     if isinstance(error, exceptions.Throttled):
-        wait = int(error.wait or 1) + 1
+        wait = int(getattr(error, "wait", None) or 1) + 1
         return RateExceeded(f"Too many requests; try again in {wait} seconds.", retry_after_seconds=wait)
     other = HubError(str(error.detail))
     other.status = error.status_code

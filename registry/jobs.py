@@ -17,7 +17,7 @@ from typing import Any
 from celery import current_app
 from django.conf import settings
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 from kombu.exceptions import OperationalError
 
@@ -93,9 +93,7 @@ def send(job_id: str, kind: str, *, delay_seconds: int = 0) -> None:
     """Hand a job's id to the queue. A broker that is down is logged; the sweeper sends the row later."""
     queue = "heavy" if kind in HEAVY else "light"
     try:
-        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(
-            countdown=delay_seconds or None
-        )
+        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(countdown=delay_seconds)
     except (OperationalError, OSError) as error:
         log.warning(
             "The queue did not take a job; the sweeper will send it.", extra={"job.id": job_id, "error": str(error)}
@@ -138,10 +136,10 @@ def heartbeat(lease: Lease, *, progress: float | None = None, message: str | Non
         changes["progress"] = min(1.0, max(0.0, progress))
     if message is not None:
         changes["message"] = message[:300]
-    return held(lease).filter(cancel_requested=False).update(**changes) == 1
+    return bool(held(lease).filter(cancel_requested=False).update(**changes) == 1)
 
 
-def held(lease: Lease) -> "Any":
+def held(lease: Lease) -> QuerySet[Job]:
     """The rows (one or none) that this lease may still write."""
     return Job.objects.filter(pk=lease.job_id, owner=lease.owner, state=Job.State.RUNNING)
 

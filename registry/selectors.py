@@ -131,7 +131,7 @@ def job_is_visible(job: Job, viewer: Viewer) -> bool:
         return bool(viewer and viewer.is_staff)
     if job.revision.merge_id:
         return Merge.objects.visible_to(viewer).filter(pk=job.revision.merge_id).exists()
-    return Expert.objects.visible_to(viewer).filter(pk=job.revision.expert_id).exists()
+    return Expert.objects.visible_to(viewer).filter(revisions=job.revision).exists()
 
 
 def may_write(user: Viewer, namespace_name: str) -> bool:
@@ -167,10 +167,10 @@ def routable() -> QuerySet[Revision]:
 def figures() -> Iterator[tuple[str, dict[str, str], float]]:
     """Figures of the hub for /metrics: name, labels, value."""
     yield "hub_experts_count", {}, Expert.objects.filter(deleted_at=None).count()
-    for row in Job.objects.values("kind", "state").annotate(count=Count("pk")).order_by("kind", "state"):
-        yield "hub_jobs_count", {"kind": row["kind"], "state": row["state"]}, row["count"]
-    for row in Merge.objects.values("state").annotate(count=Count("pk")).order_by("state"):
-        yield "hub_merges_count", {"state": row["state"]}, row["count"]
+    for kind, state, count in Job.objects.values_list("kind", "state").annotate(count=Count("pk")).order_by("kind"):
+        yield "hub_jobs_count", {"kind": kind, "state": state}, count
+    for state, count in Merge.objects.values_list("state").annotate(count=Count("pk")).order_by("state"):
+        yield "hub_merges_count", {"state": state}, count
     blobs = Blob.objects.aggregate(count=Count("pk"), size=Sum("size_bytes"))
     yield "hub_blobs_count", {}, blobs["count"]
     yield "hub_blobs_size_bytes", {}, blobs["size"] or 0

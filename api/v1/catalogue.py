@@ -5,7 +5,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from api import pagination
-from api.authentication import require
+from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import selectors
@@ -56,7 +56,7 @@ class ByHash(View):
 
     @extend_schema(operation_id="by_hash", responses={200: schemas.HashRecord, **schemas.problems(404)})
     def get(self, request: Request, sha256: str) -> Response:
-        found = selectors.files_with(sha256.lower(), request.user)
+        found = selectors.files_with(sha256.lower(), viewer_of(request))
         if not found:
             raise FileNotFound("No file that you may read has this SHA-256.")
         return Response(

@@ -6,7 +6,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from api import downloads, pagination
-from api.authentication import require
+from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import selectors
@@ -36,7 +36,7 @@ class Experts(View):
         responses={200: schemas.ExpertPage, **schemas.problems(422)},
     )
     def get(self, request: Request) -> Response:
-        found = selectors.search(request.user, selectors.Search.of(request.query_params))
+        found = selectors.search(viewer_of(request), selectors.Search.of(request.query_params))
         return Response(pagination.page(request, found, records.expert_row))
 
     @extend_schema(
@@ -59,7 +59,7 @@ class OneExpert(View):
 
     @extend_schema(operation_id="experts_read", responses={200: schemas.ExpertRecord, **schemas.problems(404)})
     def get(self, request: Request, owner: str, name: str) -> Response:
-        expert = selectors.expert(f"{owner}/{name}", request.user)
+        expert = selectors.expert(f"{owner}/{name}", viewer_of(request))
         return Response(records.expert(expert, selectors.head(expert), request))
 
     @extend_schema(
@@ -101,7 +101,7 @@ class Revisions(View):
         operation_id="experts_revisions", responses={200: schemas.RevisionPage, **schemas.problems(404, 422)}
     )
     def get(self, request: Request, owner: str, name: str) -> Response:
-        expert = selectors.expert(f"{owner}/{name}", request.user)
+        expert = selectors.expert(f"{owner}/{name}", viewer_of(request))
         rows = Revision.objects.filter(expert=expert).select_related("parent", "author").order_by("-id")
         return Response(pagination.page(request, rows, records.revision_row))
 
@@ -111,7 +111,7 @@ class OneRevision(View):
 
     @extend_schema(operation_id="experts_revision", responses={200: schemas.ExpertRecord, **schemas.problems(404)})
     def get(self, request: Request, owner: str, name: str, revision: str) -> Response:
-        repository = selectors.repository(f"{owner}/{name}", request.user)
+        repository = selectors.repository(f"{owner}/{name}", viewer_of(request))
         if repository.expert is None:
             raise FileNotFound("A merge is read at /api/v1/merges/{id}.")
         return Response(records.expert(repository.expert, selectors.revision(repository, revision), request))
@@ -133,7 +133,7 @@ class Compressed(View):
         },
     )
     def get(self, request: Request, owner: str, name: str) -> HttpResponseBase:
-        repository = selectors.repository(f"{owner}/{name}", request.user)
+        repository = selectors.repository(f"{owner}/{name}", viewer_of(request))
         revision = selectors.revision(repository, request.query_params.get("revision") or "main")
         encoded = selectors.encoded(revision)
         if encoded is None:

@@ -4,7 +4,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from api.authentication import require
+from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import jobs, selectors
@@ -17,7 +17,7 @@ class OneJob(View):
 
     @extend_schema(operation_id="jobs_read", responses={200: schemas.JobRecord, **schemas.problems(404)})
     def get(self, request: Request, job_id: str) -> Response:
-        return Response(records.job(selectors.job(job_id, request.user)))
+        return Response(records.job(selectors.job(job_id, viewer_of(request))))
 
 
 class CancelJob(View):

@@ -5,7 +5,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from api import pagination
-from api.authentication import require
+from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import selectors
@@ -29,7 +29,9 @@ class Merges(View):
     @extend_schema(operation_id="merges_list", responses={200: schemas.MergePage, **schemas.problems(422)})
     def get(self, request: Request) -> Response:
         rows = (
-            Merge.objects.visible_to(request.user).select_related("recipe", "base_model").order_by("-created_at", "pk")
+            Merge.objects.visible_to(viewer_of(request))
+            .select_related("recipe", "base_model")
+            .order_by("-created_at", "pk")
         )
         return Response(pagination.page(request, rows, lambda row: records.merge(row, request)))
 
@@ -57,7 +59,7 @@ class MergeCheck(View):
         responses={(200, "application/json"): dict, **schemas.problems(400, 404, 409, 415, 422)},
     )
     def post(self, request: Request) -> Response:
-        return Response(merges.check(viewer=request.user, body=body_of(request)))
+        return Response(merges.check(viewer=viewer_of(request), body=body_of(request)))
 
 
 class OneMerge(View):
@@ -65,4 +67,4 @@ class OneMerge(View):
 
     @extend_schema(operation_id="merges_read", responses={200: schemas.MergeRecord, **schemas.problems(404)})
     def get(self, request: Request, merge_id: str) -> Response:
-        return Response(records.merge(selectors.merge(merge_id, request.user), request))
+        return Response(records.merge(selectors.merge(merge_id, viewer_of(request)), request))

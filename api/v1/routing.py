@@ -4,6 +4,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from api.authentication import viewer_of
 from api.v1 import schemas
 from api.v1.base import View
 from registry.services import routing
@@ -20,4 +21,4 @@ class Route(View):
     def post(self, request: Request) -> Response:
         body = schemas.RouteRequest(data=request.data)
         body.is_valid(raise_exception=True)
-        return Response(routing.route(viewer=request.user, **body.validated_data))
+        return Response(routing.route(viewer=viewer_of(request), **body.validated_data))

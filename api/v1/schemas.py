@@ -37,7 +37,7 @@ class Problem(s.Serializer[Any]):
     detail = s.CharField()
     code = s.CharField()
     request_id = s.CharField()
-    errors = FaultRecord(many=True)
+    errors = FaultRecord(many=True)  # type: ignore[assignment]
 
 
 def problems(*statuses: int) -> dict[Any, OpenApiResponse]:
@@ -123,7 +123,7 @@ class EvaluationRecord(s.Serializer[Any]):
     value = s.FloatField()
     base_value = s.FloatField(allow_null=True)
     row_count = s.IntegerField(allow_null=True)
-    source = s.CharField()
+    source = s.CharField()  # type: ignore[assignment]
 
 
 class ExpertRecord(ExpertRow):
@@ -151,7 +151,7 @@ class ExpertCreate(StrictSerializer):
 
 class RevisionRow(s.Serializer[Any]):
     revision = s.CharField()
-    parent = s.CharField(allow_null=True)
+    parent = s.CharField(allow_null=True)  # type: ignore[assignment]
     state = s.CharField()
     message = s.CharField(allow_blank=True)
     author = s.CharField(allow_null=True)

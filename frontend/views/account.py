@@ -82,7 +82,7 @@ def join(request: HttpRequest) -> HttpResponse:
 @login_required
 @page
 def settings_page(request: HttpRequest) -> HttpResponse:
-    rows = ApiKey.objects.filter(user_id=request.user.pk, revoked_at=None).order_by("-id")
+    rows = ApiKey.objects.filter(user_id=request.user.pk or 0, revoked_at=None).order_by("-id")
     scopes = [scope for scope in ApiKey.SCOPES if scope != "admin" or request.user.is_staff]
     return render(
         request, "hub/settings.html", {"keys": rows, "scopes": scopes, "secret": request.session.pop("secret", "")}

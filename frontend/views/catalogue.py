@@ -97,9 +97,10 @@ def card_body(revision: Revision | None) -> str:
     if revision is None:
         return ""
     try:
-        text = downloads.text(selectors.file(revision, "README.md"), limit_bytes=200_000)
+        file = selectors.file(revision, "README.md")
     except FileNotFound:
         return ""
+    text = b"".join(downloads.open(file)).decode(errors="replace")
     if text.startswith("---\n"):
         _, _, rest = text[4:].partition("\n---")
         return rest.lstrip("-").lstrip()

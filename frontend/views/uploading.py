@@ -12,7 +12,7 @@ from registry.models import BaseModel, Membership
 @page
 def upload(request: HttpRequest) -> HttpResponse:
     roles = (Membership.Role.WRITER, Membership.Role.OWNER)
-    spaces = Membership.objects.filter(user_id=request.user.pk, role__in=roles).values_list(
+    spaces = Membership.objects.filter(user_id=request.user.pk or 0, role__in=roles).values_list(
         "namespace__name", flat=True
     )
     bases = BaseModel.objects.order_by("name").values_list("name", flat=True)

@@ -57,6 +57,8 @@ def register(*, user: User, body: Mapping[str, Any]) -> tuple[Merge, bool]:
     """
     resolved = resolve(viewer=user, body=body)
     recipe = resolved.recipe
+    base_model = resolved.parents[0].base_model
+    assert base_model is not None, "a revision that is ready has a base"
     with transaction.atomic():
         row, _ = Recipe.objects.get_or_create(
             digest=recipe.digest,
@@ -67,7 +69,7 @@ def register(*, user: User, body: Mapping[str, Any]) -> tuple[Merge, bool]:
             defaults={
                 "id": resolved.merge_id,
                 "commit": resolved.commit,
-                "base_model": resolved.parents[0].base_model,
+                "base_model": base_model,
                 "requested_by": user,
             },
         )
@@ -155,7 +157,7 @@ def _pinned(item: object, place: int, *, viewer: Viewer, alike: float | None, fo
     assert revision.base_model is not None
     digest = content_digest(revision)
     found[digest + revision.commit] = revision
-    pinned = {
+    pinned: dict[str, object] = {
         "expert": revision.expert.full_name,
         "revision": revision.commit,
         "digest": digest,

@@ -18,7 +18,7 @@ MOST_MODULES_REPORTED = 500
 
 def run(work: Work) -> dict[str, Any]:
     """Encode the weights of one revision. Running it twice gives the same bytes under the same row."""
-    revision = Revision.objects.select_related("base_model").get(pk=work.lease.revision_id)
+    revision = Revision.objects.select_related("base_model").get(jobs=work.lease.job_id)
     config = selectors.file(revision, CONFIG)
     weights = selectors.file(revision, WEIGHTS)
     kept = storage.current()

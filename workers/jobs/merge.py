@@ -20,7 +20,7 @@ from workers.runner import Stopped, Work
 
 def run(work: Work) -> dict[str, Any]:
     """Compute one merge. A second run finds the result of the first."""
-    merge = Merge.objects.select_related("recipe", "base_model").get(pk=work.lease.merge_id)
+    merge = Merge.objects.select_related("recipe", "base_model").get(jobs=work.lease.job_id)
     if merge.state == Merge.State.READY:
         return {"commit": merge.commit}
     recipe = parsed(merge)
