@@ -100,7 +100,8 @@ class Supervisor:
         if any(changed):
             self.tell()
         assert self._wake is not None
-        select.select([self._wake[0]], [], [], seconds)
+        due = [part.due - time.monotonic() for part in self.parts if part.child is None]
+        select.select([self._wake[0]], [], [], max(min([seconds, *due]), 0))
         try:
             while self._wake[0].recv(512):
                 pass
@@ -177,14 +178,14 @@ class Supervisor:
         return path
 
 
-def recover(home: Home) -> None:
+def recover(home: Home, *, seconds: float = 10) -> None:
     """End the processes that an earlier supervisor of this home left, known by number and time of birth."""
     for name, child in homes.read(home.children_file).items():
         born = processes.born(child["pid"])
         if born is not None and born == child["born"]:
             say(f"ending {name} (process {child['pid']}), left by a supervisor that was killed")
             first = signal.SIGINT if name == "postgres" else signal.SIGTERM
-            processes.end(child["pid"], first=first, seconds=10)
+            processes.end(child["pid"], first=first, seconds=seconds)
         elif born is None:
             # Its leader is gone, but the number stays taken as long as one process of the group lives.
             processes.kill_group(child["pid"])

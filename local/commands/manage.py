@@ -29,7 +29,7 @@ WRONG_USAGE = 2
 
 
 def main() -> None:
-    arguments, folder = _take_home(sys.argv[1:])
+    arguments, folder = take_home(sys.argv[1:])
     if not arguments or arguments[0] in {"-h", "--help"}:
         (sys.stdout if arguments else sys.stderr).write(USAGE)
         sys.exit(0 if arguments else WRONG_USAGE)
@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _take_home(arguments: list[str]) -> tuple[list[str], Path | None]:
+def take_home(arguments: list[str]) -> tuple[list[str], Path | None]:
     """The arguments without --home, and what it said. It may stand before or after the command."""
     rest: list[str] = []
     folder: Path | None = None

@@ -77,7 +77,7 @@ def main() -> None:
         else:
             from local import hub  # noqa: PLC0415
 
-            sys.exit(hub.serve(_options(wanted)))
+            sys.exit(hub.serve(options_of(wanted)))
     except LocalError as error:
         sys.stderr.write(f"bin/run: {error}\n")
         sys.exit(EXIT_FAILED)
@@ -89,7 +89,7 @@ def _folder(wanted: argparse.Namespace) -> Path:
     return (wanted.home or homes.default_folder()).expanduser().resolve()
 
 
-def _options(wanted: argparse.Namespace) -> "Options":
+def options_of(wanted: argparse.Namespace) -> "Options":
     from local.hub import Options  # noqa: PLC0415
 
     return Options(
