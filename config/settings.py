@@ -25,6 +25,9 @@ if HUB_TRUST_PROXY:
     USE_X_FORWARDED_HOST = True
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
+# The API key by which the demo experts are uploaded
+HUB_SEED_KEY = env.text("HUB_SEED_KEY")
+
 # The router process
 HUB_ROUTER_URL = env.text("HUB_ROUTER_URL", "http://127.0.0.1:8100")
 HUB_ROUTER_SECRET = env.text("HUB_ROUTER_SECRET", "development-only-not-secret")

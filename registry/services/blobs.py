@@ -3,7 +3,7 @@
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -121,3 +121,35 @@ def free_bytes() -> int:
         place = place.parent
     stat = os.statvfs(place)
     return stat.f_bavail * stat.f_frsize
+
+
+def verify() -> Iterator[tuple[str, str]]:
+    """Re-hash every blob: its digest and what is wrong with it, empty when nothing is.
+
+    A row without bytes is wrong only when something refers to it; bytes without a row are nobody's.
+    """
+    stored = set(storage.current().digests())
+    for row in Blob.objects.order_by("pk").iterator():
+        if row.pk in stored:
+            yield row.pk, _damage(row)
+        elif row.files.exists() or row.encoded.exists():
+            yield row.pk, "missing"
+        stored.discard(row.pk)
+    for sha256 in sorted(stored):
+        # The row may have been written since the list of rows was read.
+        if not Blob.objects.filter(pk=sha256).exists():
+            yield sha256, "without a row"
+
+
+def _damage(row: Blob) -> str:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with storage.current().open(row.pk) as file:
+            for chunk in chunks_of(file):
+                digest.update(chunk)
+                size += len(chunk)
+    except FileNotFoundError:
+        return "missing"
+    if size != row.size_bytes:
+        return f"damaged: {size} bytes instead of {row.size_bytes}"
+    return "" if digest.hexdigest() == row.pk else f"damaged: its digest is {digest.hexdigest()}"

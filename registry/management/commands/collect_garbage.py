@@ -1,0 +1,25 @@
+"""Remove what nothing refers to."""
+
+from django.core.management.base import BaseCommand
+
+from registry.services import cleaning
+
+
+class Command(BaseCommand):
+    help = "Remove blobs that nothing refers to, uploads past their time and forgotten staging files."
+
+    def add_arguments(self, parser):
+        parser.add_argument(
+            "--grace-seconds",
+            type=int,
+            default=None,
+            help="spare blobs touched within this time (default: the setting)",
+        )
+
+    def handle(self, *args, **options):
+        removed = {
+            "uploads": cleaning.close_stale_uploads(),
+            "blobs": cleaning.collect_garbage(grace_seconds=options["grace_seconds"]),
+            "staging files": cleaning.clear_staging(),
+        }
+        self.stdout.write(", ".join(f"{count} {what}" for what, count in removed.items()) + " removed")
