@@ -125,14 +125,17 @@ class Ternariser:
         start = self._initial.get(name, 0)
         if not isinstance(start, int) or start != 0:
             values = values - (np.float32(start) if isinstance(start, int) else as_float32(start))
-        for number, part in enumerate(selection.parts(values)):
+        seen = 0
+        for part in selection.parts(values):
             bad = ~np.isfinite(part)
             if bad.any():
-                index = number * part.size + int(np.argmax(bad))
+                index = seen + int(np.argmax(bad))
                 raise AdapterInvalid(
-                    f"{name} holds a value that is not finite.", pointer=name, met=f"{part[bad][0]} at index {index}",
-                    wanted="finite values", remedy="Train again with a lower learning rate or in bfloat16.",
+                    f"{name} holds {part[bad][0]} at index {index}, which is not a finite value.", pointer=name,
+                    met=f"{part[bad][0]} at index {index}", wanted="finite values",
+                    remedy="Train again with a lower learning rate or in bfloat16.",
                 )  # fmt: skip
+            seen += part.size
         return values
 
     def _keep(self, values: Float32) -> Positions:
