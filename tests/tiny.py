@@ -3,9 +3,12 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from moerge.tensors import files
 
@@ -65,6 +68,38 @@ def card(description: str = "Sorts questions about tea by the kind of tea.", **f
     }
     # JSON is YAML.
     return f"---\n{json.dumps(fields)}\n---\n\n# Tea\n\nAbout tea.\n".encode()
+
+
+def lora(
+    *,
+    seed: int = 0,
+    rank: int = 2,
+    alpha: float = 4,
+    modules: Sequence[str] = (QUERY,),
+    base: str = BASE,
+    size: int = 384,
+    task: str = "Tells which account a bank customer means.",
+) -> dict[str, bytes]:
+    """The files of a LoRA on square layers by path, the weights written by the safetensors library, not by ours."""
+    noise = np.random.default_rng(seed)
+    arrays = {}
+    for module in modules:
+        arrays[f"base_model.model.{module}.lora_A.weight"] = noise.normal(size=(rank, size)).astype(np.float32)
+        arrays[f"base_model.model.{module}.lora_B.weight"] = noise.normal(size=(size, rank)).astype(np.float32) / 50
+    targets = sorted({module.rpartition(".")[2] for module in modules})
+    return {
+        "README.md": card(task, base_model=base),
+        "adapter_config.json": config(base_model_name_or_path=base, r=rank, lora_alpha=alpha, target_modules=targets),
+        "adapter_model.safetensors": save(arrays, metadata={"format": "pt"}),
+    }
+
+
+def write(tree: dict[str, bytes], folder: Path) -> Path:
+    """Files as a folder, as PEFT's `save_pretrained` leaves it."""
+    for path, data in tree.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder
 
 
 def adapter(seed: int = 0, **changes: bytes) -> dict[str, bytes]:
