@@ -1,10 +1,11 @@
-"""Uploads: promise files, send each in chunks that can be resumed, complete. Bodies are read as streams, never as a whole."""
+"""Uploads: promise files, send each in chunks that can be resumed, complete. Bodies are read as streams."""
 
 import re
 from typing import Any
 from urllib.parse import quote
 
-from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, OpenApiTypes, extend_schema
+from drf_spectacular.types import OpenApiTypes
+from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework import serializers as s
 from rest_framework.parsers import BaseParser
 from rest_framework.request import Request

@@ -1,4 +1,4 @@
-"""The card of an expert: README.md with YAML front matter, in the words of the Hugging Face Hub plus a `moerge` section.
+"""The card of an expert: README.md with YAML front matter in the words of the Hugging Face Hub and a section of ours.
 
 license: cc-by-4.0
 base_model: sentence-transformers/all-MiniLM-L6-v2
@@ -83,13 +83,20 @@ def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
     """Card fields given beside the files, checked like the card itself; they win over it. Raises UploadInvalid."""
     known = {"description", "examples", "licence", "base_model", "tags"}
     for name in claims.keys() - known:
-        raise _invalid(("card", name), name, f"one of {', '.join(sorted(known))}", "Leave this field out.")
+        raise _invalid(
+            ("card", name), met=name, wanted=f"one of {', '.join(sorted(known))}", remedy="Leave this field out."
+        )
     result: dict[str, Any] = {}
     for name in ("description", "base_model", "licence"):
         if claims.get(name):
             result[name] = _text(claims[name], name, file="card")
     if len(result.get("licence", "")) > LICENCE_CHARACTERS:
-        raise _invalid(("card", "licence"), len(result["licence"]), f"at most {LICENCE_CHARACTERS} characters", "Name it by its identifier.")  # fmt: skip
+        raise _invalid(
+            ("card", "licence"),
+            met=len(result["licence"]),
+            wanted=f"at most {LICENCE_CHARACTERS} characters",
+            remedy="Name it by its identifier.",
+        )
     if claims.get("examples"):
         result["examples"] = list(
             _texts(claims["examples"], EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "examples", file="card")
@@ -144,19 +151,31 @@ class _Loader(yaml.SafeLoader):
 def _front_matter(text: str) -> dict[str, Any]:
     size_bytes = len(text.encode())
     if size_bytes > FRONT_MATTER_BYTES:
-        raise _invalid((), f"{size_bytes} bytes of front matter", f"at most {FRONT_MATTER_BYTES} bytes", "Move long texts below the front matter.")  # fmt: skip
+        raise _invalid(
+            (),
+            met=f"{size_bytes} bytes of front matter",
+            wanted=f"at most {FRONT_MATTER_BYTES} bytes",
+            remedy="Move long texts below the front matter.",
+        )
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
         data = {} if data is None else data
         if not isinstance(data, dict):
-            raise _invalid((), type(data).__name__, "a mapping of names to values", "Write `name: value` lines between the --- lines.")  # fmt: skip
+            raise _invalid(
+                (),
+                met=type(data).__name__,
+                wanted="a mapping of names to values",
+                remedy="Write `name: value` lines between the --- lines.",
+            )
         # Dates become text; what JSON cannot hold (NaN, binary, sets) is refused here rather than by every reader.
         plain: dict[str, Any] = json.loads(json.dumps(data, default=_as_text, allow_nan=False))
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         met = " ".join(str(error).split())[:200] or type(error).__name__
-        raise _invalid((), met, "YAML of plain values", "Correct the front matter of README.md.") from error
+        raise _invalid(
+            (), met=met, wanted="YAML of plain values", remedy="Correct the front matter of README.md."
+        ) from error
     if "\\u0000" in json.dumps(plain):
-        raise _invalid((), "a NUL character", "text", "Remove the NUL character.")
+        raise _invalid((), met="a NUL character", wanted="text", remedy="Remove the NUL character.")
     return plain
 
 
@@ -202,16 +221,24 @@ def _mapping(value: Any, *where: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise _invalid(
-            (files.CARD, *where), type(value).__name__, "a mapping", "Write `task:` and `examples:` below it."
+            (files.CARD, *where),
+            met=type(value).__name__,
+            wanted="a mapping",
+            remedy="Write `task:` and `examples:` below it.",
         )
     return value
 
 
 def _text(value: Any, *where: str, file: str = files.CARD) -> str:
     if not isinstance(value, str) or "\x00" in value:
-        raise _invalid((file, *where), type(value).__name__, "a text", "Write it as a text.")
+        raise _invalid((file, *where), met=type(value).__name__, wanted="a text", remedy="Write it as a text.")
     if len(value) > DESCRIPTION_CHARACTERS:
-        raise _invalid((file, *where), f"{len(value)} characters", f"at most {DESCRIPTION_CHARACTERS} characters", "Shorten it.")  # fmt: skip
+        raise _invalid(
+            (file, *where),
+            met=f"{len(value)} characters",
+            wanted=f"at most {DESCRIPTION_CHARACTERS} characters",
+            remedy="Shorten it.",
+        )
     return value.strip()
 
 
@@ -220,19 +247,26 @@ def _texts(value: Any, count: int, characters: int, *where: str, file: str = fil
         return ()
     items = value if isinstance(value, list) else [value]
     if len(items) > count:
-        raise _invalid((file, *where), f"{len(items)} entries", f"at most {count}", "Keep the most telling ones.")
+        raise _invalid(
+            (file, *where), met=f"{len(items)} entries", wanted=f"at most {count}", remedy="Keep the most telling ones."
+        )
     result = []
     for position, item in enumerate(items):
         text = str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item
         text = _text(text, *where, str(position), file=file)
         if len(text) > characters:
-            raise _invalid((file, *where, str(position)), f"{len(text)} characters", f"at most {characters} characters", "Shorten it.")  # fmt: skip
+            raise _invalid(
+                (file, *where, str(position)),
+                met=f"{len(text)} characters",
+                wanted=f"at most {characters} characters",
+                remedy="Shorten it.",
+            )
         if text:
             result.append(text)
     return tuple(result)
 
 
-def _invalid(where: tuple[str, ...], met: object, wanted: object, remedy: str) -> UploadInvalid:
+def _invalid(where: tuple[str, ...], *, met: object, wanted: object, remedy: str) -> UploadInvalid:
     pointer = files.pointer_of(*(where or (files.CARD,)))
     return UploadInvalid(
         f"The card breaks a rule at {pointer}: met {met}, wanted {wanted}.",

@@ -108,7 +108,7 @@ def rule_for(path: str, *, pointer: str, limit_bytes: int) -> Rule:
     name = path.rsplit("/", 1)[-1].casefold()
     if path.casefold() in {CONFIG, WEIGHTS, CARD.casefold()} and path not in {CONFIG, WEIGHTS, CARD}:
         wanted = next(known for known in (CONFIG, WEIGHTS, CARD) if known.casefold() == path.casefold())
-        raise _refused(path, pointer, path, wanted, "Rename the file.", "U1")
+        raise _refused(path, pointer, met=path, wanted=wanted, remedy="Rename the file.", rule="U1")
     if name == CONFIG:
         return Rule(Kind.CONFIG, CONFIG_BYTES)
     if name == CARD.casefold():
@@ -128,13 +128,15 @@ def rule_for(path: str, *, pointer: str, limit_bytes: int) -> Rule:
 
 
 def _not_allowed(path: str, name: str, pointer: str) -> UploadInvalid:
-    wanted = "adapter_config.json, *.safetensors, README.md, tokenizer files, licence, *.json, *.md, *.txt, images (png, jpg, gif, webp)"
+    wanted = "adapter_config.json, *.safetensors, README.md, tokenizer files, licence, *.json, *.md, *.txt or images"
     if name.endswith(PICKLES):
         met = f"{name.rsplit('.', 1)[-1]} files can run code when they are opened"
-        return _refused(path, pointer, met, "weights as .safetensors", SAVE_AS_SAFETENSORS, "U6")
+        return _refused(path, pointer, met=met, wanted="weights as .safetensors", remedy=SAVE_AS_SAFETENSORS, rule="U6")
     if name.endswith(ARCHIVES):
-        return _refused(path, pointer, "an archive", wanted, "Upload the files themselves.", "U2")
-    return _refused(path, pointer, path[:120], wanted, "Leave this file out.", "U1")
+        return _refused(
+            path, pointer, met="an archive", wanted=wanted, remedy="Upload the files themselves.", rule="U2"
+        )
+    return _refused(path, pointer, met=path[:120], wanted=wanted, remedy="Leave this file out.", rule="U1")
 
 
 def is_weights(path: str) -> bool:
@@ -213,7 +215,9 @@ def read_json(path: str, file: Path) -> object:
         )
     except strict.Malformed as error:
         pointer = pointer_of(path, error.pointer) if error.pointer else pointer_of(path)
-        raise _refused(path, pointer, str(error), "strict JSON", "Write the file with a JSON library.", "J1") from error
+        raise _refused(
+            path, pointer, met=str(error), wanted="strict JSON", remedy="Write the file with a JSON library.", rule="J1"
+        ) from error
 
 
 def read_text(path: str, file: Path) -> str:
@@ -223,11 +227,15 @@ def read_text(path: str, file: Path) -> str:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         met = f"byte {error.start} is not UTF-8"
-        raise _refused(path, pointer_of(path), met, "text in UTF-8", "Save the file as UTF-8.", "U1") from error
+        raise _refused(
+            path, pointer_of(path), met=met, wanted="text in UTF-8", remedy="Save the file as UTF-8.", rule="U1"
+        ) from error
     control = re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", text)
     if control:
         met = f"control character {ord(control[0]):#04x} at {control.start()}"
-        raise _refused(path, pointer_of(path), met, "plain text", "Save the file as plain text.", "U1")
+        raise _refused(
+            path, pointer_of(path), met=met, wanted="plain text", remedy="Save the file as plain text.", rule="U1"
+        )
     return text
 
 
@@ -247,7 +255,7 @@ def _refuse_formats(path: str, first: bytes) -> None:
         found = "a pickle, which can run code when it is opened"
     if found:
         wanted = "a safetensors file" if is_header else f"what the name {path} says"
-        raise _refused(path, pointer_of(path), found, wanted, SAVE_AS_SAFETENSORS, "U6")
+        raise _refused(path, pointer_of(path), met=found, wanted=wanted, remedy=SAVE_AS_SAFETENSORS, rule="U6")
 
 
 def _check_image(path: str, data: bytes) -> None:
@@ -263,7 +271,9 @@ def _check_image(path: str, data: bytes) -> None:
     }[ending]()
     if not is_right:
         met = f"content that is not {ending}, or more than one file in it"
-        raise _refused(path, pointer_of(path), met, f"a {ending} image", "Export the image again.", "U1")
+        raise _refused(
+            path, pointer_of(path), met=met, wanted=f"a {ending} image", remedy="Export the image again.", rule="U1"
+        )
 
 
 def _is_png(data: bytes) -> bool:
@@ -288,10 +298,17 @@ def _check_sentencepiece(path: str, file: Path) -> None:
         first = stream.read(3)
     if len(first) < 3 or first[0] != 0x0A or first[2] != 0x0A:
         met = "content that is not a sentencepiece model"
-        raise _refused(path, pointer_of(path), met, "a sentencepiece model", "Upload tokenizer.json instead.", "U1")
+        raise _refused(
+            path,
+            pointer_of(path),
+            met=met,
+            wanted="a sentencepiece model",
+            remedy="Upload tokenizer.json instead.",
+            rule="U1",
+        )
 
 
-def _refused(path: str, pointer: str, met: object, wanted: object, remedy: str, rule: str) -> UploadInvalid:
+def _refused(path: str, pointer: str, *, met: object, wanted: object, remedy: str, rule: str) -> UploadInvalid:
     return UploadInvalid(
         f"{path[:120]} cannot be taken: met {met}; wanted {wanted}. {remedy}",
         faults=[Fault(pointer, met, wanted, remedy, rule)],

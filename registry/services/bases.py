@@ -17,7 +17,7 @@ POINTER = "/adapter_config.json/base_model_name_or_path"
 DATA = Path(__file__).resolve().parent.parent / "data" / "base_models.json"
 PAGE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/", re.IGNORECASE)
 CACHE = re.compile(r"models--([A-Za-z0-9_.-]+?)--([A-Za-z0-9_.-]+?)(?:/|$)")
-# How quantised copies are called: llama-3-8b-bnb-4bit, Mistral-7B-v0.1-GPTQ, Qwen2.5-7B-Instruct-AWQ, …-unsloth-bnb-4bit.
+# How quantised copies are called: llama-3-8b-bnb-4bit, Mistral-7B-v0.1-GPTQ, Qwen2.5-7B-Instruct-AWQ.
 QUANTISED = re.compile(
     r"[-_.](?:unsloth|bnb|dynamic|nf4|fp4|fp8|int4|int8|[348]-?bits?|w4a16|w8a8|w8a16|gptq|awq|gguf|ggml|hqq|eetq|aqlm|exl2|g\d+|mlx"
     r"|bf16|fp16|marlin|autoround|quantized(?:\.w\da\d+)?|torchao)$",
@@ -44,7 +44,7 @@ class Known:
 
 
 def resolve(name: str | None, *, pointer: str = POINTER) -> BaseModel:
-    """The base that a config or a caller names, under any of its names; a quantised copy leads to what it was made from.
+    """The base that a config or a caller names by any of its names; a quantised copy leads to what it was made from.
 
     Raises BaseUnknown, which says what to do, for nothing, a path, and a name that nobody registered.
     """

@@ -98,7 +98,7 @@ def yank(*, user: User, expert: Expert, yanked: bool = True, reason: str = "") -
 
 
 def delete(*, user: User, expert: Expert) -> None:
-    """Remove an expert that nothing was made from; its name becomes free. Raises Conflict when a merge has it as parent."""
+    """Remove an expert and free its name. Raises Conflict when a merge has it as parent."""
     require_write(user, expert)
     with transaction.atomic():
         row = _locked(expert)

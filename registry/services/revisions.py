@@ -17,9 +17,10 @@ from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
 
+from moerge.tensors.adapters import AdapterConfig
 from registry import jobs, storage
 from registry.checks import adapters, cards, files
-from registry.checks.adapters import AdapterConfig, Examined
+from registry.checks.adapters import Examined
 from registry.checks.cards import Card, Figure
 from registry.errors import (
     BaseUnknown,
@@ -237,7 +238,13 @@ def _check_sizes(tree: Mapping[str, Entry], namespace: Namespace) -> None:
     for path in tree:
         other = seen.setdefault(path.casefold(), path)
         if other != path:
-            fault = Fault(files.pointer_of(path), path, f"a name that differs from {other} by more than case", "Rename one of the two.", "U3")  # fmt: skip
+            fault = Fault(
+                files.pointer_of(path),
+                path,
+                f"a name that differs from {other} by more than case",
+                "Rename one of the two.",
+                "U3",
+            )
             raise UploadInvalid(f"{path} and {other} are one file on some systems.", faults=[fault])
         if any(path.startswith(f"{folder}/") for folder in tree if len(folder) < len(path)):
             fault = Fault(
@@ -256,9 +263,13 @@ def _check_sizes(tree: Mapping[str, Entry], namespace: Namespace) -> None:
 def check_quota(namespace: Namespace, more_bytes: int) -> None:
     """Raises QuotaExceeded when a namespace would hold more than it may; bytes that it holds twice count once."""
     held = (
-        Blob.objects.filter(pk__in=File.objects.filter(revision__expert__namespace=namespace).values("blob"))
-        .aggregate(size=Sum("size_bytes"))["size"]
-    ) or 0  # fmt: skip
+        (
+            Blob.objects.filter(
+                pk__in=File.objects.filter(revision__expert__namespace=namespace).values("blob")
+            ).aggregate(size=Sum("size_bytes"))["size"]
+        )
+        or 0
+    )
     limit = settings.HUB_NAMESPACE_MAX_BYTES
     if held + more_bytes > limit:
         raise QuotaExceeded(
@@ -430,7 +441,13 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "targets", list(facts.targets)
     yield "saved", list(facts.saved)[:200]
     yield "is_mergeable", facts.is_mergeable
-    yield "blockers", [{"pointer": item.pointer, "met": item.met, "reason": item.reason, "remedy": item.remedy} for item in facts.blockers[:50]]  # fmt: skip
+    yield (
+        "blockers",
+        [
+            {"pointer": item.pointer, "met": item.met, "reason": item.reason, "remedy": item.remedy}
+            for item in facts.blockers[:50]
+        ],
+    )
     shapes = {bases.pattern_of(module): list(shape) for module, shape in sorted(facts.shapes.items())}
     yield "shapes", dict(list(shapes.items())[:2000])
 

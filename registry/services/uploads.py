@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from django.conf import settings
 from django.db import transaction
@@ -67,6 +67,12 @@ class Range:
 
     start: int
     end: int
+
+
+class Stream(Protocol):
+    """Where bytes come from; a request's body is one."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 def start(
@@ -144,9 +150,7 @@ def true_offset(row: UploadFile) -> int:
         return 0
 
 
-def put_chunk(
-    *, user: User, upload_id: str, path: str, stream: BinaryIO, where: Range | None
-) -> tuple[UploadFile, int]:
+def put_chunk(*, user: User, upload_id: str, path: str, stream: Stream, where: Range | None) -> tuple[UploadFile, int]:
     """Take bytes of one file; `where` is None when the whole file comes at once. Returns the row and its new offset.
 
     What arrives of a chunk that is cut counts. A finished file is hashed and its content checked at once; one that is
@@ -161,8 +165,16 @@ def put_chunk(
     if where.end > row.size_bytes:
         raise TooLarge(
             f"{path} was promised with {row.size_bytes} bytes.",
-            faults=[Fault("Content-Range", f"bytes up to {where.end}", f"at most {row.size_bytes} bytes", "Start a new upload with the true size.", "U4")],
-        )  # fmt: skip
+            faults=[
+                Fault(
+                    "Content-Range",
+                    f"bytes up to {where.end}",
+                    f"at most {row.size_bytes} bytes",
+                    "Start a new upload with the true size.",
+                    "U4",
+                )
+            ],
+        )
     with _locked(_place(row)) as file:
         row.refresh_from_db()
         offset = true_offset(row)
@@ -258,7 +270,13 @@ def _check_claims(claims: Sequence[Claim], wanted: Sequence[Claim]) -> None:
             raise UploadInvalid(f"{claim.path} is named twice.", faults=[fault])
         seen.add(claim.path.casefold())
         if not DIGEST.fullmatch(claim.sha256):
-            fault = Fault(f"{pointer}/sha256", claim.sha256[:80], "64 hexadecimal digits in lower case", "Send the SHA-256 of the file.", "U5")  # fmt: skip
+            fault = Fault(
+                f"{pointer}/sha256",
+                claim.sha256[:80],
+                "64 hexadecimal digits in lower case",
+                "Send the SHA-256 of the file.",
+                "U5",
+            )
             raise RequestInvalid(f"The digest of {claim.path} is not one.", faults=[fault])
         files.check_size(claim.path, claim.size_bytes, rule, pointer=f"{pointer}/size")
     total = sum(claim.size_bytes for claim in wanted)
@@ -316,7 +334,7 @@ def _locked(place: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _receive(row: UploadFile, file: BinaryIO, stream: BinaryIO, where: Range) -> tuple[int, Staged | None]:
+def _receive(row: UploadFile, file: BinaryIO, stream: Stream, where: Range) -> tuple[int, Staged | None]:
     """Write the chunk; returns the new offset, and the digests when the whole file came in this one chunk."""
     sha256 = hashlib.sha256()
     sha1 = hashlib.sha1(f"blob {row.size_bytes}\0".encode(), usedforsecurity=False)
@@ -347,7 +365,7 @@ def _receive(row: UploadFile, file: BinaryIO, stream: BinaryIO, where: Range) ->
     return offset, Staged(_place(row), sha256.hexdigest(), sha1.hexdigest(), offset) if is_whole else None
 
 
-def _pieces(stream: BinaryIO, count: int) -> Iterator[bytes]:
+def _pieces(stream: Stream, count: int) -> Iterator[bytes]:
     """At most `count` bytes of a stream. A connection that is cut ends it."""
     while count > 0:
         try:
@@ -379,10 +397,16 @@ def _drop(row: UploadFile, file: BinaryIO) -> None:
 
 def _check_all_here(rows: Iterable[UploadFile]) -> None:
     faults = [
-        Fault(files.pointer_of(row.path), f"{offset} bytes", f"{row.size_bytes} bytes", f"Send the file from byte {offset} on.", "A4")
+        Fault(
+            files.pointer_of(row.path),
+            f"{offset} bytes",
+            f"{row.size_bytes} bytes",
+            f"Send the file from byte {offset} on.",
+            "A4",
+        )
         for row in rows
         if (offset := true_offset(row)) < row.size_bytes or not _is_here(row)
-    ]  # fmt: skip
+    ]
     if faults:
         raise UploadInvalid("Not all bytes have arrived.", faults=faults)
 

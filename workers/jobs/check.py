@@ -18,6 +18,7 @@ from workers.runner import Work
 
 def run(work: Work) -> dict[str, Any]:
     """Read every file of the revision once more; write down the figures of its card. Can be run again."""
+    assert work.lease.revision_id is not None
     revision = Revision.objects.get(pk=work.lease.revision_id)
     rows = list(File.objects.filter(revision=revision).select_related("blob"))
     total = sum(row.blob.size_bytes for row in rows) or 1
@@ -28,7 +29,7 @@ def run(work: Work) -> dict[str, Any]:
             with storage.current().as_path(row.blob_id) as path:
                 compare(row, path)
                 if files.is_weights(row.path):
-                    tensors += agree(row.path, path)
+                    tensors += agree(path)
                 if row.path == files.CARD:
                     revisions.record_figures(revision, cards.parse(files.read_text(row.path, path)).figures)
         except FileNotFoundError as error:
@@ -48,7 +49,7 @@ def compare(row: File, path: Path) -> None:
         raise HubError(f"The stored bytes of {row.path} are damaged.", faults=[fault])
 
 
-def agree(path: str, file: Path) -> int:
+def agree(file: Path) -> int:
     """Whether the reference reader sees the same tensors in the stored bytes; returns how many."""
     try:
         found = header.read(file, header_limits())

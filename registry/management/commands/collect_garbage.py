@@ -1,6 +1,8 @@
 """Remove what nothing refers to."""
 
-from django.core.management.base import BaseCommand
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
 
 from registry.services import cleaning
 
@@ -8,7 +10,7 @@ from registry.services import cleaning
 class Command(BaseCommand):
     help = "Remove blobs that nothing refers to, uploads past their time and forgotten staging files."
 
-    def add_arguments(self, parser):
+    def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument(
             "--grace-seconds",
             type=int,
@@ -16,7 +18,7 @@ class Command(BaseCommand):
             help="spare blobs touched within this time (default: the setting)",
         )
 
-    def handle(self, *args, **options):
+    def handle(self, *args: Any, **options: Any) -> None:
         removed = {
             "uploads": cleaning.close_stale_uploads(),
             "blobs": cleaning.collect_garbage(grace_seconds=options["grace_seconds"]),

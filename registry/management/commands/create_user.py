@@ -3,8 +3,9 @@
 import getpass
 import secrets
 import sys
+from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from registry.errors import HubError, NameTaken
 from registry.models import User
@@ -12,16 +13,16 @@ from registry.services import accounts
 
 
 class Command(BaseCommand):
-    help = "Make a user. Without --password-stdin the password is asked for, or made and printed when there is no terminal."
+    help = "Make a user. The password is asked for, or made and printed when there is no terminal."
 
-    def add_arguments(self, parser):
+    def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("name")
         parser.add_argument("--admin", action="store_true", help="may administer the hub")
         parser.add_argument("--email", default="")
         parser.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
         parser.add_argument("--exist-ok", action="store_true", help="a user of this name gets the password instead")
 
-    def handle(self, *args, **options):
+    def handle(self, *args: Any, **options: Any) -> None:
         password, is_made = self._password(from_stdin=options["password_stdin"])
         try:
             accounts.create_user(

@@ -3,12 +3,13 @@
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from django.conf import settings
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 CHUNK_BYTES = 4 * 2**20
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "experts"
@@ -18,7 +19,7 @@ PATIENCE_SECONDS = 120
 class Command(BaseCommand):
     help = "Upload examples/experts to a hub over HTTP; what is there already is left alone."
 
-    def add_arguments(self, parser):
+    def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--url", required=True, help="address of the hub")
         parser.add_argument("--key", default="", help="API key with scope write (default: HUB_SEED_KEY)")
         parser.add_argument("--owner", default="", help="namespace (default: the key's user)")
@@ -26,7 +27,7 @@ class Command(BaseCommand):
         parser.add_argument("--no-wait", action="store_true", help="do not wait until the experts are ready")
         parser.add_argument("--timeout", type=float, default=600.0, help="seconds to wait for all to be ready")
 
-    def handle(self, *args, **options):
+    def handle(self, *args: Any, **options: Any) -> None:
         key = options["key"] or settings.HUB_SEED_KEY
         folders = sorted(path.parent for path in options["folder"].glob("*/adapter_config.json"))
         if not folders:
@@ -63,7 +64,7 @@ class Command(BaseCommand):
                 time.sleep(1)
 
 
-class Refused(Exception):  # noqa: N818 - the hub's word, not ours
+class Refused(Exception):
     """The hub refused a request; the message is its own."""
 
 
@@ -104,7 +105,7 @@ class Hub:
             chunk = data[offset : offset + CHUNK_BYTES]
             place = f"bytes {offset}-{offset + len(chunk) - 1}/{len(data)}"
             headers = {"Content-Range": place} if chunk else {}
-            response = self._patiently(lambda c=chunk, h=headers: self._client.put(url, content=c, headers=h))
+            response = self._patiently(partial(self._client.put, url, content=chunk, headers=headers))
             if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
                 offset = int(response.json()["offset"])
             elif response.is_error:
