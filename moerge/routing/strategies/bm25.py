@@ -10,7 +10,7 @@ SPEC = Spec(
     summary="Shared words alone (BM25); needs no encoder.",
     needs_vector=False,
     # A rare word weighs less where there are few experts, so the threshold is far below what a large catalogue wants.
-    min_score=0.10,
+    min_score=0.02,
     medium=0.45,
     high=0.80,
 )

@@ -1,0 +1,100 @@
+"""Experts with cards in the database, and a router on a local port: what the routing tests stand on."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from config.router_views import Application
+from registry.checks import names
+from registry.models import BaseAlias, BaseModel, Expert, Membership, Namespace, Ref, Revision, User
+from registry.services import routing
+from registry.services.router import Router
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(router: Router, port: int = 0) -> Iterator[str]:
+    """The router's doors on a local port; gives the URL."""
+    server = make_server("127.0.0.1", port, Application(router), server_class=Server, handler_class=Quiet)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def person(name: str, *, staff: bool = False) -> User:
+    user = User.objects.create(username=name, is_staff=staff)
+    namespace = Namespace.objects.create(name=name, key=names.strict_key(name))
+    Membership.objects.create(namespace=namespace, user=user, role=Membership.Role.OWNER)
+    return user
+
+
+def base_model(name: str, *aliases: str) -> BaseModel:
+    base, is_new = BaseModel.objects.get_or_create(name=name)
+    if is_new:
+        BaseAlias.objects.bulk_create(BaseAlias(key=key.casefold(), base=base) for key in (name, *aliases))
+    return base
+
+
+def expert(
+    full_name: str,
+    description: str = "",
+    *examples: str,
+    base: str = "base/one",
+    private: bool = False,
+    tags: tuple[str, ...] = (),
+    licence: str = "",
+) -> Revision:
+    """An expert whose head is ready but neither embedded nor published."""
+    owner, _, name = full_name.partition("/")
+    namespace = Namespace.objects.filter(name=owner).first()
+    if namespace is None:
+        person(owner)
+        namespace = Namespace.objects.get(name=owner)
+    row = Expert.objects.create(
+        namespace=namespace,
+        name=name,
+        key=name.casefold(),
+        base_model=base_model(base),
+        description=description,
+        examples=list(examples),
+        tags=list(tags),
+        licence=licence,
+        visibility=Expert.Visibility.PRIVATE if private else Expert.Visibility.PUBLIC,
+    )
+    Ref.objects.create(expert=row, name="main")
+    return next_head(row)
+
+
+def next_head(row: Expert, state: str = Revision.State.READY) -> Revision:
+    """A new revision of an expert, to which `main` moves."""
+    number = Revision.objects.count() + 1
+    revision = Revision.objects.create(
+        expert=row, commit=f"{number:040x}", manifest_digest=f"{number:064x}", state=state, base_model=row.base_model
+    )
+    Ref.objects.filter(expert=row, name="main").update(revision=revision)
+    return revision
+
+
+def published(*arguments: str, **options: object) -> Revision:
+    """An expert that was embedded and published."""
+    revision = expert(*arguments, **options)
+    routing.embed(revision)
+    routing.publish_to_index(revision)
+    return revision
