@@ -42,3 +42,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=False,
         help="skip golden cases of merge methods that are not built, instead of failing them",
     )
+    parser.addoption(
+        "--data-dir",
+        type=Path,
+        default=None,
+        help="folder with the CSV files the demo experts were trained on, for questions from their test split",
+    )
