@@ -105,16 +105,21 @@ def _open_doors(port: int) -> Doors:
 
 def _start(watch: Supervisor, doors: Doors, options: Options) -> None:
     """Start all parts; returns when the hub is ready. LocalError names the part that is not, and its log."""
-    deadline = time.monotonic() + options.timeout_seconds
+    since = time.monotonic()
+    deadline = since + options.timeout_seconds
     database_url, broker_url = _start_servers(watch)
     router_url = f"http://127.0.0.1:{doors.router.getsockname()[1]}"
     watch.facts["doors"] = {"database_url": database_url, "broker_url": broker_url, "router_url": router_url}
     environment = homes.environment(watch.home, **watch.facts["doors"])
     _prepare(watch, environment)
-    for part in _parts(watch.home, environment, doors, options):
-        watch.add(part)
     url = watch.facts["url"]
+    for part in _doors_parts(environment, doors, options):
+        watch.add(part)
     _wait(watch, "web", lambda: supervisor.ask(f"{url}/healthz")[0] == 200, deadline=deadline)
+    watch.facts["seconds"] = {"first_page": round(time.monotonic() - since, 1)}
+    # The first page comes sooner when the workers' imports do not compete with it for the processor.
+    for part in _worker_parts(watch.home, environment, options):
+        watch.add(part)
     seed = _start_seed(watch, environment) if options.demo else None
     last: dict[str, Any] = {}
 
@@ -132,6 +137,7 @@ def _start(watch: Supervisor, doors: Doors, options: Options) -> None:
     finally:
         if seed is not None:
             seed.end()
+    watch.facts["seconds"]["ready"] = round(time.monotonic() - since, 1)
     watch.state, watch.waiting_for = "ready", None
     watch.tell()
 
@@ -150,7 +156,7 @@ def _start_servers(watch: Supervisor) -> tuple[str, str]:
         broker = redis.prepare(watch.home.folder / "redis", password=known.redis_password)
         port = processes.free_port()
         broker_url = redis.url(broker, port=port)
-        watch.add(Part("redis", partial(redis.serve, broker, port=port)))
+        watch.add(Part("redis", partial(redis.serve, broker, port=port), is_server=True))
         own.append(("redis", partial(redis.accepts, broker_url)))
     if not database_url:
         database = postgres.prepare(watch.home.folder / "postgres", password=known.postgres_password)
@@ -158,7 +164,7 @@ def _start_servers(watch: Supervisor) -> tuple[str, str]:
         database_url = postgres.url(database, port=port)
         clear = partial(postgres.clear_stale_pid, database)
         command = partial(postgres.serve, database, port=port)
-        watch.add(Part("postgres", command, stop_signal=signal.SIGINT, stop_seconds=30, before=clear))
+        watch.add(Part("postgres", command, stop_signal=signal.SIGINT, stop_seconds=30, before=clear, is_server=True))
         own.append(("postgres", partial(postgres.accepts, database_url)))
     for name, accepts in own:
         watch.until(accepts, waiting_for=name, seconds=SERVER_SECONDS)
@@ -177,22 +183,27 @@ def _prepare(watch: Supervisor, environment: Mapping[str, str]) -> None:
     watch.facts |= {"username": known.username, "password": known.password, "api_key": known.api_key}
 
 
-def _parts(home: Home, environment: Mapping[str, str], doors: Doors, options: Options) -> Iterator[Part]:
-    """The processes of the hub's own code; docker-compose.yml starts the same ones."""
+def _doors_parts(environment: Mapping[str, str], doors: Doors, options: Options) -> Iterator[Part]:
+    """Web and router, as docker-compose.yml starts them too."""
     gunicorn = ["gunicorn", "--worker-class", "gthread", "--no-control-socket", "--graceful-timeout", "10"]
 
     def served(application: str, door: socket.socket, workers: int, threads: int) -> Callable[[], Command]:
         listen = ["--bind", f"fd://{door.fileno()}", "--workers", str(workers), "--threads", str(threads)]
         return lambda: _program(environment, [*gunicorn, *listen, application], inherit=[door.fileno()])
 
+    yield Part("web", served("config.wsgi:application", doors.web, 2, 4))
+    for number in range(1, options.routers + 1):
+        yield Part(_numbered("router", number), served("config.router:application", doors.router, 1, 8))
+
+
+def _worker_parts(home: Home, environment: Mapping[str, str], options: Options) -> Iterator[Part]:
+    """Light and heavy workers and beat, as docker-compose.yml starts them too."""
+
     def worker(queue: str, node: str, *pool: str) -> Callable[[], Command]:
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
         argv = ["celery", "-A", "workers.celery", "worker", "-Q", queue, "-n", f"{node}@%h", *pool, *quiet]
         return lambda: _program(environment, argv)
 
-    yield Part("web", served("config.wsgi:application", doors.web, 2, 4))
-    for number in range(1, options.routers + 1):
-        yield Part(_numbered("router", number), served("config.router:application", doors.router, 1, 8))
     yield Part("worker-light", worker("light", "light", "-P", "threads", "-c", "4"))
     for number in range(1, options.workers + 1):
         # One at a time in a child that is replaced now and then; torch is imported there and never in the parent.

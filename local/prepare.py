@@ -21,11 +21,14 @@ def main() -> None:
     home = Home(Path(settings.HUB_HOME))
     call_command("migrate", interactive=False, verbosity=0)
     call_command("sync_catalogue")
+    from registry.services import keys  # noqa: PLC0415 - models exist after the set-up.
+
     known = homes.secrets_of(home)
-    if known.api_key:
+    if known.api_key and keys.check(known.api_key) is not None:
         return
-    _with_input(known.password, "create_user", known.username, "--admin", "--password-stdin")
-    homes.keep_api_key(home, _output("create_key", known.username, "--scopes", "read,write,merge"))
+    _with_input(known.password, "create_user", known.username, "--admin", "--password-stdin", "--exist-ok")
+    made = _output("create_key", known.username, "--scopes", "read,write,merge", "--name", "bin/run")
+    homes.keep_api_key(home, made)
 
 
 def _with_input(line: str, *command: str) -> None:

@@ -35,13 +35,17 @@ class Stopped(Exception):
 
 @dataclass
 class Part:
-    """One process that is to run: how it is started (asked anew at every start) and how it is stopped."""
+    """One process that is to run: how it is started (asked anew at every start) and how it is stopped.
+
+    A server is stopped after all that are none.
+    """
 
     name: str
     command: Callable[[], Command]
     stop_signal: signal.Signals = signal.SIGTERM
     stop_seconds: float = 15.0
     before: Callable[[], None] | None = None
+    is_server: bool = False
     child: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     failures: int = 0
@@ -120,16 +124,28 @@ class Supervisor:
         return child.returncode
 
     def stop(self) -> None:
-        """Stop the parts, the last started first; each gets its time, then SIGKILL."""
+        """Stop the parts, those that use servers before the servers; each gets its time, then SIGKILL."""
         self.state = "stopping"
         self.stopping = True
-        for part in reversed(self.parts):
-            if part.child is None:
-                continue
-            processes.end(part.child.pid, first=part.stop_signal, seconds=part.stop_seconds)
-            part.child.wait()
-            part.child = None
+        self._stop_all([part for part in reversed(self.parts) if not part.is_server])
+        self._stop_all([part for part in reversed(self.parts) if part.is_server])
         self.tell()
+
+    def _stop_all(self, parts: Iterable[Part]) -> None:
+        """Ask all of them at once, so that a stop takes as long as the slowest and not as long as all together."""
+        since = time.monotonic()
+        running = [(part, part.child) for part in parts if part.child is not None]
+        for part, child in running:
+            if child.poll() is None:
+                child.send_signal(part.stop_signal)
+        for part, child in running:
+            left = since + part.stop_seconds - time.monotonic()
+            if not _is_over(child, seconds=max(left, 0)):
+                say(f"{part.name} did not stop within {part.stop_seconds:.0f} s and is killed")
+            processes.kill_group(child.pid)
+            child.wait()
+            part.child = None
+            say(f"stopped {part.name} after {time.monotonic() - since:.1f} s")
 
     def tell(self) -> None:
         """Write run.json, and beside it what is needed to find the same processes after a crash."""
@@ -176,6 +192,14 @@ class Supervisor:
         if path.exists() and path.stat().st_size > LOG_MAX_BYTES:
             path.replace(path.with_suffix(".log.1"))
         return path
+
+
+def _is_over(child: subprocess.Popen[bytes], *, seconds: float) -> bool:
+    try:
+        child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def recover(home: Home, *, seconds: float = 10) -> None:

@@ -45,7 +45,7 @@ watch = Supervisor(home=home, facts={"url": "here"})
 watch.listen()
 for name in sys.argv[2:]:
     command = Command([sys.executable, "-c", NOTE, str(home.folder / "notes"), name], os.environ, Path("/"))
-    watch.add(Part(name, lambda command=command: command, stop_seconds=1.0))
+    watch.add(Part(name, lambda command=command: command, stop_seconds=1.0, is_server=name == "database"))
 watch.state = "ready"
 watch.tell()
 while not watch.stopping:
@@ -125,13 +125,14 @@ def test_a_part_that_dies_again_and_again_is_started_ever_more_slowly_but_never_
     ]
 
 
-def test_a_stop_goes_in_the_reverse_order_and_leaves_no_process(watched):
+def test_a_stop_ends_the_servers_last_and_leaves_no_process(watched):
     watch = watched("database", "web", "beat")
     family = watch.family()
     assert len(family) == 6
     watch.child.send_signal(signal.SIGTERM)
     assert watch.child.wait(20) == 0
-    assert watch.notes[3:] == ["stop beat", "stop web", "stop database"]
+    assert sorted(watch.notes[3:5]) == ["stop beat", "stop web"]
+    assert watch.notes[5:] == ["stop database"]
     assert not [process for process in family if processes.alive(process.pid)]
 
 
