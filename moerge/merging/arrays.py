@@ -8,7 +8,7 @@ import numpy as np
 
 from moerge import merging
 from moerge.errors import RecipeInvalid
-from moerge.merging import engine
+from moerge.merging import engine, factors
 from moerge.merging.base import nearest
 from moerge.merging.engine import Settings
 from moerge.merging.sources import Delta, Given, Source
@@ -22,9 +22,12 @@ def merge(
     parameters: Mapping[str, Any] | None = None,
     seed: int = 0,
     digests: Sequence[str] | None = None,
+    rank: int | None = None,
     settings: Settings | None = None,
 ) -> dict[str, Delta]:
     """Merged delta per tensor name, in the experts' dtype: factors where the result is exactly low rank.
+
+    With a `rank` every matrix comes as factors of at most that rank.
 
     `experts` are deltas by tensor name: arrays, or LowRank records with A, B and scaling. `weights` default to 1 each.
     `digests` name the experts where noise and order are concerned and default to a hash of their values.
@@ -52,7 +55,14 @@ def merge(
     checked = spec.parse(parameters or {})
     spec.check_weights(weights, checked)
     sources = [Source(name, weight, tensors) for name, weight, tensors in zip(digests, weights, experts, strict=True)]
-    return dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
+    merged = dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
+    if rank is None:
+        return merged
+    with engine.one_blas_thread():
+        return {
+            name: factors.fit(delta, rank, name=name).factors if len(delta.shape) == 2 else delta
+            for name, delta in merged.items()
+        }
 
 
 def digest(tensors: Mapping[str, Given]) -> str:

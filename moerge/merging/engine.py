@@ -7,6 +7,7 @@ request; methods that are ordered by nature keep the order they are given.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -105,15 +106,26 @@ def merge(
         watch=settings.watch,
     )
     _check(stream)
-    method: Any = table.load(methods)[spec.name]
+    method: Any = _methods()[spec.name]
     with one_blas_thread():
         yield from _by_form(spec, method, stream, parameters)
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:
     """BLAS splits work by its number of threads and rounds accordingly; one thread gives the same bits everywhere."""
-    limits: AbstractContextManager[Any] = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+    limits: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
     return limits
+
+
+@cache
+def _blas() -> Any:
+    """The BLAS that numpy has loaded; looking for it takes milliseconds."""
+    return threadpoolctl.ThreadpoolController()
+
+
+@cache
+def _methods() -> dict[str, Any]:
+    return dict(table.load(methods))
 
 
 def _check(stream: Stream) -> None:

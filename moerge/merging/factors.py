@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moerge.merging import noise
-from moerge.merging.sources import Factors
+from moerge.merging.sources import Delta, Factors
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -36,6 +36,19 @@ class Truncated:
     def share(self) -> float:
         """Kept over whole, 1 for a zero delta."""
         return min(1.0, self.kept / self.whole) if self.whole > 0 else 1.0
+
+
+def fit(delta: Delta, rank: int, *, name: str) -> Truncated:
+    """A merged delta at a rank; factors that have no more are left as they are.
+
+    `name` seeds the randomised SVD, so that equal deltas of equal names give equal factors.
+    """
+    if not isinstance(delta, Factors):
+        return truncate_dense(delta, rank, key=noise.key(0, "svd", name))
+    if delta.rank > rank:
+        return truncate(delta, rank)
+    whole = square_norm_of(delta)
+    return Truncated(delta, whole, whole)
 
 
 def stack(items: Sequence[Factors], coefficients: Sequence[float] | Array) -> Factors:

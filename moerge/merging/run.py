@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
-from moerge.merging import base, engine, factors, noise
+from moerge.merging import base, engine, factors
 from moerge.merging.recipe import Recipe
 from moerge.merging.sources import Cancelled, Delta, Factors, LowRank, Source, Watch, never, silent
 from moerge.tensors import adapters
@@ -220,14 +220,7 @@ def _check_memory(recipe: Recipe, found: list[Adapter], *, rank: int, memory_byt
 
 def _fit(recipe: Recipe, name: str, result: Delta, *, rank: int) -> factors.Truncated:
     """The merged delta of one module at the output rank."""
-    if isinstance(result, Factors):
-        if result.rank <= rank:
-            whole = factors.square_norm_of(result)
-            fitted = factors.Truncated(result, whole, whole)
-        else:
-            fitted = factors.truncate(result, rank)
-    else:
-        fitted = factors.truncate_dense(result, rank, key=noise.key(0, "svd", name))
+    fitted = factors.fit(result, rank, name=name)
     if not (math.isfinite(fitted.whole) and all(np.isfinite(part).all() for part in fitted.factors)):
         raise ExpertsIncompatible(
             f"The merge of {name} by {recipe.method} is not finite.",

@@ -1,0 +1,50 @@
+"""Small experts for merge tests: deltas with zeros, conflicts and heavy tails, seeded."""
+
+import numpy as np
+
+from moerge.tensors.adapters import LowRank
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def values(rng, shape):
+    """Heavy-tailed values, a tenth of them zero."""
+    found = rng.standard_t(3, size=shape) * 1e-2
+    return (found * (rng.random(shape) > 0.1)).astype(np.float32)
+
+
+def dense(count, *, seed=0, shapes=None):
+    """Experts with a matrix and a vector each."""
+    rng = np.random.default_rng(seed)
+    shapes = shapes or {"layer.weight": (12, 9), "layer.bias": (12,)}
+    return [{name: values(rng, shape) for name, shape in shapes.items()} for _ in range(count)]
+
+
+def low_rank(
+    count, *, seed=0, shape=(24, 20), ranks=(3, 2, 4), scalings=(0.5, 2.0, 1.25), names=("q", "v"), dtype=np.float32
+):
+    """Experts of different ranks and scalings."""
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            name: LowRank(
+                rng.normal(size=(ranks[i % len(ranks)], shape[1])).astype(dtype),
+                rng.normal(size=(shape[0], ranks[i % len(ranks)])).astype(dtype),
+                scalings[i % len(scalings)],
+            )
+            for name in names
+        }
+        for i in range(count)
+    ]
+
+
+def delta_of(given):
+    """A delta as a dense float64 matrix, formed here and not by the code under test."""
+    if isinstance(given, np.ndarray):
+        return given.astype(np.float64)
+    scaling = getattr(given, "scaling", 1.0)
+    return scaling * given.B.astype(np.float64) @ given.A.astype(np.float64)
+
+
+def dense_of(merged):
+    return {name: delta_of(found) for name, found in merged.items()}
