@@ -113,12 +113,12 @@ def _start(watch: Supervisor, doors: Doors, options: Options) -> None:
     environment = homes.environment(watch.home, **watch.facts["doors"])
     _prepare(watch, environment)
     url = watch.facts["url"]
-    for part in _doors_parts(environment, doors, options):
+    for part in served_parts(environment, doors, options):
         watch.add(part)
     _wait(watch, "web", lambda: supervisor.ask(f"{url}/healthz")[0] == 200, deadline=deadline)
     watch.facts["seconds"] = {"first_page": round(time.monotonic() - since, 1)}
     # The first page comes sooner when the workers' imports do not compete with it for the processor.
-    for part in _worker_parts(watch.home, environment, options):
+    for part in worker_parts(watch.home, environment, options):
         watch.add(part)
     seed = _start_seed(watch, environment) if options.demo else None
     last: dict[str, Any] = {}
@@ -183,7 +183,7 @@ def _prepare(watch: Supervisor, environment: Mapping[str, str]) -> None:
     watch.facts |= {"username": known.username, "password": known.password, "api_key": known.api_key}
 
 
-def _doors_parts(environment: Mapping[str, str], doors: Doors, options: Options) -> Iterator[Part]:
+def served_parts(environment: Mapping[str, str], doors: Doors, options: Options) -> Iterator[Part]:
     """Web and router, as docker-compose.yml starts them too."""
     gunicorn = ["gunicorn", "--worker-class", "gthread", "--no-control-socket", "--graceful-timeout", "10"]
 
@@ -196,7 +196,7 @@ def _doors_parts(environment: Mapping[str, str], doors: Doors, options: Options)
         yield Part(_numbered("router", number), served("config.router:application", doors.router, 1, 8))
 
 
-def _worker_parts(home: Home, environment: Mapping[str, str], options: Options) -> Iterator[Part]:
+def worker_parts(home: Home, environment: Mapping[str, str], options: Options) -> Iterator[Part]:
     """Light and heavy workers and beat, as docker-compose.yml starts them too."""
 
     def worker(queue: str, node: str, *pool: str) -> Callable[[], Command]:
