@@ -140,6 +140,10 @@ class SafetensorsFile:
         count = max(0, min(count, info.size - start))
         return _as_float32(self._read(self.header.data_start + info.start + start * item, count * item), info.dtype)
 
+    def read_data(self, start: int, count: int) -> bytes:
+        """`count` bytes from byte `start` of the tensor data, as offsets in the header count."""
+        return self._read(self.header.data_start + start, count)
+
     def _read(self, offset: int, count: int) -> bytes:
         parts = []
         while count > 0:
@@ -222,6 +226,13 @@ def float32_blocks(file: SafetensorsFile, name: str, count: int = _BLOCK_BYTES /
     """The flattened tensor in pieces of `count` values, so that memory does not grow with the tensor."""
     for start in range(0, file.info(name).size, count):
         yield file.block(name, start, count)
+
+
+def raw_blocks(file: SafetensorsFile, name: str, count_bytes: int = _BLOCK_BYTES) -> Iterator[bytes]:
+    """The stored bytes of one tensor in pieces of `count_bytes`, a multiple of every item size."""
+    info = file.info(name)
+    for start in range(info.start, info.end, count_bytes):
+        yield file.read_data(start, min(count_bytes, info.end - start))
 
 
 def claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

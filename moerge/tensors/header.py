@@ -173,8 +173,14 @@ def _metadata(claim: Any, limits: Limits) -> dict[str, str]:
                            met=type(value).__name__, wanted="a string", rule="T1")  # fmt: skip
         total += len(key.encode()) + len(value.encode())
     if total > limits.metadata_bytes:
-        raise _invalid("__metadata__ is too large", pointer="__metadata__", met=f"{total} bytes", rule="T2",
-                       wanted=f"at most {limits.metadata_bytes} bytes", remedy="Put long texts in README.md.")  # fmt: skip
+        raise _invalid(
+            "__metadata__ is too large",
+            pointer="__metadata__",
+            met=f"{total} bytes",
+            rule="T2",
+            wanted=f"at most {limits.metadata_bytes} bytes",
+            remedy="Put long texts in README.md.",
+        )
     return claim
 
 
@@ -193,8 +199,13 @@ def _tensor(name: str, claim: Any, limits: Limits) -> TensorInfo:
                        wanted=", ".join(sorted(limits.dtypes)),
                        remedy="Save the weights as float32, float16 or bfloat16, not quantised.")  # fmt: skip
     if not _integers(shape) or len(shape) > limits.dimensions_count or any(n > limits.dimension for n in shape):
-        raise _invalid("A tensor has an impossible shape", pointer=name, met=str(shape)[:200], rule="T2",
-                       wanted=f"at most {limits.dimensions_count} whole numbers from 0 to {limits.dimension}")  # fmt: skip
+        raise _invalid(
+            "A tensor has an impossible shape",
+            pointer=name,
+            met=str(shape)[:200],
+            rule="T2",
+            wanted=f"at most {limits.dimensions_count} whole numbers from 0 to {limits.dimension}",
+        )
     if not limits.empty_tensors and 0 in shape:
         raise _invalid("A tensor has no values", pointer=name, met=str(shape), wanted="every dimension at least 1",
                        remedy="Weights sharded by DeepSpeed or FSDP must be gathered before they are saved.",
@@ -204,8 +215,13 @@ def _tensor(name: str, claim: Any, limits: Limits) -> TensorInfo:
                        wanted="[start, end]", rule="T1")  # fmt: skip
     wanted = prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != wanted:
-        raise _invalid("A tensor's bytes do not fit its shape and dtype", pointer=name, rule="T1",
-                       met=f"{offsets[1] - offsets[0]} bytes", wanted=f"{wanted} bytes for {dtype} {shape}")  # fmt: skip
+        raise _invalid(
+            "A tensor's bytes do not fit its shape and dtype",
+            pointer=name,
+            rule="T1",
+            met=f"{offsets[1] - offsets[0]} bytes",
+            wanted=f"{wanted} bytes for {dtype} {shape}",
+        )
     return TensorInfo(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

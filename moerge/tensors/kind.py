@@ -2,43 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from moerge.errors import AdapterInvalid
+from moerge.tensors.config import AdapterConfig
 from moerge.tensors.files import Array, Float32, SafetensorsFile
 from moerge.tensors.header import Header, TensorInfo
+from moerge.tensors.targets import Targets
 
 PREFIX = "base_model.model."
-# Names that base models give to their input and output embeddings; PEFT stores a copy of those layers when they were
-# resized or targeted.
-EMBEDDINGS = frozenset(
-    {"embed_tokens", "lm_head", "word_embeddings", "wte", "embeddings", "tok_embeddings", "shared", "embed_in",
-     "embed_out", "output"}
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """An adapter_config.json, parsed. Values that this record does not name are kept in `raw` and never acted upon."""
-
-    peft_type: str
-    r: int = 8
-    lora_alpha: float = 8.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    target_modules: tuple[str, ...] | str | None = None
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    bias: str = "none"
-    base_model_name_or_path: str | None = None
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -88,7 +61,10 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Blocker:
-    """A reason why the delta of an accepted adapter cannot be formed from its files, so it cannot be merged."""
+    """A reason why the delta of an accepted adapter cannot be formed from its files, so it cannot be merged.
+
+    `pointer` is a JSON pointer into the config, or a tensor's name.
+    """
 
     pointer: str
     met: str
@@ -97,8 +73,22 @@ class Blocker:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleFacts:
+    """What header and config say about one module whose delta can be formed; `shape` is (d_out, d_in)."""
+
+    rank: int
+    shape: tuple[int, int]
+    scaling: float
+    layout: Layout = Layout()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterFacts:
-    """What config and header say together. `shapes` are (d_out, d_in) of each module whose delta can be formed."""
+    """What config and header say together.
+
+    `ranks`, `shapes` (d_out, d_in), `scalings` and `layouts` are per module and empty for kinds whose delta needs the
+    base. `saved` names tensors that replace tensors of the base (modules_to_save, embeddings), `biases` those of bias.
+    """
 
     kind: str
     modules: tuple[str, ...]
@@ -107,6 +97,8 @@ class AdapterFacts:
     targets: tuple[str, ...]
     n_parameters: int
     shapes: Mapping[str, tuple[int, int]]
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     blockers: tuple[Blocker, ...] = ()
@@ -117,27 +109,42 @@ class AdapterFacts:
         return not self.blockers
 
 
-Roles = Mapping[str, Mapping[str, TensorInfo]]
+Tensors = Mapping[str, TensorInfo]
+Roles = Mapping[str, Tensors]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """One kind of adapter.
 
-    `endings` maps what follows `base_model.model.<module>.` in a tensor's name to the tensor's role.
-    `blockers` says why deltas cannot be formed; `check` looks for what is wrong with the tensors of each module and
-    returns ranks and delta shapes; `low_rank` forms the delta of one module. Where PEFT knows the kind and we only
-    keep its files, `check` and `low_rank` are None. `zero_roles` are the roles that training moves away from zero.
+    `endings` maps what follows `base_model.model.<module>.` in a tensor's name to the tensor's role; a kind whose
+    files are only kept has `markers` instead, beginnings of a part of the name. `blockers` says why deltas cannot be
+    formed; `check` looks for what is wrong with the tensors of each module and returns what it found; `low_rank`
+    forms the delta of one module. `zero_endings` end the names of tensors that training moves away from zero.
     """
 
     name: str
     peft_type: str
-    endings: Mapping[str, str]
+    endings: Mapping[str, str] = field(default_factory=dict)
+    markers: tuple[str, ...] = ()
     blockers: Callable[[AdapterConfig, Header], tuple[Blocker, ...]]
-    check: Callable[[AdapterConfig, Roles], tuple[dict[str, int], dict[str, tuple[int, int]]]] | None = None
-    low_rank: Callable[[AdapterConfig, SafetensorsFile, str, Mapping[str, TensorInfo]], LowRank] | None = None
-    zero_roles: frozenset[str] = frozenset()
-    has_targets: bool = True
+    check: Callable[[AdapterConfig, Roles, Targets], dict[str, ModuleFacts]] | None = None
+    low_rank: Callable[[SafetensorsFile, Tensors, ModuleFacts], LowRank] | None = None
+    zero_endings: tuple[str, ...] = ()
+
+
+def stored_only(
+    name: str, *, why: str, markers: tuple[str, ...] = (), endings: Mapping[str, str] | None = None
+) -> Kind:
+    """A kind that PEFT loads and whose files are checked and kept, but which cannot be merged; `why` completes
+    "This kind of adapter cannot be merged: ...".
+    """
+    blocker = Blocker("/peft_type", name.upper(), f"This kind of adapter cannot be merged: {why}",
+                      "Route and download it as it is; only LoRA and LoHa experts can be merged.")  # fmt: skip
+    return Kind(
+        name=name, peft_type=name.upper(), endings=endings or {}, markers=markers,
+        blockers=lambda _config, _header: (blocker,),
+    )  # fmt: skip
 
 
 def invalid(detail: str, *, pointer: str, met: object, wanted: object, remedy: str, rule: str = "T4") -> AdapterInvalid:

@@ -1,74 +1,185 @@
-"""LoRA and its variants: delta = scaling * B @ A (arXiv 2106.09685; rsLoRA scaling arXiv 2312.03732)."""
+"""LoRA and its variants: delta = scaling * B @ A (arXiv 2106.09685; rsLoRA's scaling arXiv 2312.03732).
+
+`FIELDS` decides about every field of PEFT 0.21.2's LoraConfig, by name; a test walks PEFT's own list.
+"""
 
 from collections.abc import Mapping
 from math import prod, sqrt
+from typing import Any
 
-from moerge.tensors import patterns
+from moerge.tensors.config import AdapterConfig
 from moerge.tensors.files import SafetensorsFile
-from moerge.tensors.header import Header, TensorInfo
-from moerge.tensors.kind import AdapterConfig, Blocker, Kind, Layout, LowRank, Roles, invalid
+from moerge.tensors.header import Header
+from moerge.tensors.kind import Blocker, Kind, Layout, LowRank, ModuleFacts, Roles, Tensors, invalid
+from moerge.tensors.targets import Targets
 
 _SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
+_CONVERT = (
+    "Convert it to a plain LoRA: keep the adapter as initialised and pass its folder as "
+    "path_initial_model_for_weight_conversion to save_pretrained after training."
+)
+_MERGE_YOURSELF = "Train without this setting, or share it for routing and download only."
 
-
-def rank_of(config: AdapterConfig, module: str) -> int:
-    """The rank the config gives to a module: the first matching pattern, else r."""
-    return config.rank_pattern.get(patterns.pattern_key(config.rank_pattern, module), config.r)
-
-
-def scaling_of(config: AdapterConfig, module: str) -> float:
-    """Alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and rank."""
-    alpha = config.alpha_pattern.get(patterns.pattern_key(config.alpha_pattern, module), config.lora_alpha)
-    rank = rank_of(config, module)
-    return alpha / sqrt(rank) if config.use_rslora else alpha / rank
+# "formed": understood here and part of the delta. "inert": does not change what a trained adapter computes.
+# Any other text is why the delta cannot be formed when the field is set.
+FIELDS: Mapping[str, str] = {
+    "r": "formed",
+    "lora_alpha": "formed",
+    "use_rslora": "formed",
+    "rank_pattern": "formed",
+    "alpha_pattern": "formed",
+    "target_modules": "formed",
+    "exclude_modules": "formed",
+    "layers_to_transform": "formed",
+    "layers_pattern": "formed",
+    "fan_in_fan_out": "formed",
+    "init_lora_weights": "formed",
+    "base_model_name_or_path": "formed",
+    "peft_type": "formed",
+    "task_type": "inert",
+    "auto_mapping": "inert",
+    "peft_version": "inert",
+    "revision": "inert",
+    "inference_mode": "inert",
+    "lora_dropout": "inert",
+    "loftq_config": "inert",
+    "eva_config": "inert",
+    "corda_config": "inert",
+    "lora_ga_config": "inert",
+    "runtime_config": "inert",
+    "megatron_core": "inert",
+    "qalora_group_size": "inert",
+    "ensure_weight_tying": "inert",
+    # These two change training only: gradients of A, and noise on A that evaluation leaves out.
+    "velora_config": "inert",
+    "monteclora_config": "inert",
+    "use_dora": "DoRA rescales the columns of base plus delta, so its delta depends on the base (arXiv 2402.09353)",
+    "lora_bias": "a trained bias on B is added beside B @ A",
+    "bias": "trained biases of the base are part of the adapter",
+    "modules_to_save": "whole modules of the base are replaced",
+    "trainable_token_indices": "rows of the embedding are replaced",
+    "target_parameters": "parameters, not modules, are adapted, and their factors are stacked per expert",
+    "layer_replication": "the base is rebuilt with repeated layers",
+    "megatron_config": "the layers are Megatron's parallel layers",
+    "alora_invocation_tokens": "the delta acts only after certain tokens (arXiv 2504.12397)",
+    "use_qalora": "the input is pooled before A (arXiv 2309.14717)",
+    "use_bdlora": "the factors are block-diagonal and stored in pieces",
+    "arrow_config": "it mixes other adapters per token",
+    "kasa_config": "the base loses its smallest singular values first (arXiv 2412.06071)",
+}
+# These initialisations subtract the first B @ A from the base (PiSSA arXiv 2404.02948, OLoRA 2406.01775, CorDA
+# 2406.05223, LoRA-GA 2407.05000) or quantise it (LoftQ 2310.08659), so that the adapter is a delta to another base.
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def blockers(config: AdapterConfig, header: Header) -> tuple[Blocker, ...]:
     """Every reason in config or file why B @ A alone is not what this adapter adds to the base."""
-    del config, header
-    return ()
+    found = [
+        Blocker(
+            f"/{name}", _shown(config.raw[name]), f"The delta cannot be formed from the file: {why}", _MERGE_YOURSELF
+        )
+        for name, why in FIELDS.items()
+        if why not in ("formed", "inert") and _is_set(name, config.raw.get(name))
+    ]
+    start = config.raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+        found.append(Blocker("/init_lora_weights", start, "The adapter is a delta to a changed base", _CONVERT))
+    for name, info in header.tensors.items():
+        if name.endswith("lora_B.weight") and len(info.shape) > 2:
+            partner = header.tensors.get(name.removesuffix("lora_B.weight") + "lora_A.weight")
+            if partner is not None and partner.shape[0] != info.shape[1]:
+                found.append(Blocker(name, str(list(info.shape)), "The delta of a grouped convolution is not B @ A",
+                                     _MERGE_YOURSELF))  # fmt: skip
+                break
+    return tuple(found)
 
 
-def check(config: AdapterConfig, roles: Roles) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Ranks and delta shapes of all modules; raises AdapterInvalid where A, B and config disagree."""
-    ranks, shapes = {}, {}
+def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, ModuleFacts]:
+    """Rank, shape and scaling of all modules; raises AdapterInvalid where A, B and config disagree."""
+    if config.raw.get("target_parameters") or config.raw.get("use_bdlora"):
+        # Stacked per expert or cut into blocks: A has other shapes by design, and the blockers name these fields.
+        return {}
+    facts = {}
     for module, tensors in roles.items():
-        a, b = _pair(module, tensors)
-        wanted = rank_of(config, module)
-        if a.shape[0] != b.shape[1]:
-            raise invalid("A and B of one module have different ranks", pointer=module, met=f"A {list(a.shape)}, "
-                          f"B {list(b.shape)}", wanted="A (rank, in) and B (out, rank)", remedy=_SAVE_AGAIN)  # fmt: skip
-        if a.shape[0] != wanted:
+        if tensors.keys() <= {"variant"}:
+            continue
+        _check_roles(config, module, tensors)
+        a, b = tensors.get("A") or tensors["embedding_A"], tensors.get("B") or tensors["embedding_B"]
+        rank = targets.rank(module)
+        is_grouped = len(b.shape) > 2 and b.shape[1] != a.shape[0] and a.shape[0] % b.shape[1] == 0
+        if a.shape[0] != b.shape[1] and not is_grouped:
+            raise invalid(
+                "A and B of one module have different ranks",
+                pointer=a.name,
+                met=f"A {list(a.shape)}, B {list(b.shape)}",
+                wanted="A (rank, in) and B (out, rank)",
+                remedy=_SAVE_AGAIN,
+            )
+        if a.shape[0] != rank:
             raise invalid("The rank in the config is not the rank of the weights", pointer=a.name, met=a.shape[0],
-                          wanted=f"{wanted} (r or rank_pattern in adapter_config.json)", remedy=_SAVE_AGAIN)  # fmt: skip
-        ranks[module] = a.shape[0]
-        shapes[module] = (b.shape[0], prod(a.shape[1:]))
-    return ranks, shapes
+                          wanted=f"{rank}, from r or rank_pattern in adapter_config.json",
+                          remedy=_SAVE_AGAIN)  # fmt: skip
+        alpha = targets.alpha(module)
+        layout = Layout("embedding") if "embedding_A" in tensors else Layout()
+        if len(a.shape) > 2:
+            layout = Layout("conv", tuple(a.shape[1:]))
+        facts[module] = ModuleFacts(
+            rank=rank,
+            shape=(b.shape[0], prod(a.shape[1:])),
+            scaling=alpha / sqrt(rank) if config.use_rslora else alpha / rank,
+            layout=layout,
+        )
+    return facts
 
 
-def low_rank(config: AdapterConfig, file: SafetensorsFile, module: str, tensors: Mapping[str, TensorInfo]) -> LowRank:
+def low_rank(file: SafetensorsFile, tensors: Tensors, facts: ModuleFacts) -> LowRank:
     """The factors of one module as matrices; a convolution's are flattened to (rank, in * kernel) and (out, rank)."""
-    a, b = _pair(module, tensors)
+    a, b = tensors.get("A") or tensors["embedding_A"], tensors.get("B") or tensors["embedding_B"]
     A, B = file.float32(a.name), file.float32(b.name)
-    layout = Layout()
-    if "embedding_A" in tensors:
-        layout = Layout("embedding")
-    elif len(a.shape) > 2:
-        layout = Layout("conv", tuple(a.shape[1:]))
-    return LowRank(A.reshape(A.shape[0], -1), B.reshape(B.shape[0], -1), scaling_of(config, module), layout)
+    return LowRank(A.reshape(facts.rank, -1), B.reshape(-1, facts.rank), facts.scaling, facts.layout)
 
 
-def _pair(module: str, tensors: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo]:
-    a, b = tensors.get("A") or tensors.get("embedding_A"), tensors.get("B") or tensors.get("embedding_B")
-    if a is None or b is None:
-        missing = "A" if a is None else "B"
-        raise invalid(f"A module has no lora_{missing}", pointer=module, met=", ".join(sorted(tensors)),
-                      wanted="lora_A and lora_B", remedy=_SAVE_AGAIN)  # fmt: skip
-    if ("embedding_A" in tensors) != ("embedding_B" in tensors) or len(a.shape) != len(b.shape) or len(a.shape) < 2:
-        raise invalid("A and B of one module do not fit together", pointer=module, met=f"{a.name.rsplit('.', 2)[-2:]} "
-                      f"{list(a.shape)}, {b.name.rsplit('.', 2)[-2:]} {list(b.shape)}",
-                      wanted="two matrices, or two kernels of a convolution", remedy=_SAVE_AGAIN)  # fmt: skip
-    return a, b
+def _check_roles(config: AdapterConfig, module: str, tensors: Tensors) -> None:
+    pair = {"embedding_A", "embedding_B"} if "embedding_A" in tensors or "embedding_B" in tensors else {"A", "B"}
+    if missing := sorted(pair - tensors.keys()):
+        raise invalid("A module lacks one of its two factors", pointer=module, met=", ".join(sorted(tensors)),
+                      wanted=f"also lora_{missing[0]}", remedy=_SAVE_AGAIN)  # fmt: skip
+    if extra := sorted(tensors.keys() & ({"A", "B", "embedding_A", "embedding_B"} - pair)):
+        raise invalid("A module has the factors of a layer and of an embedding", pointer=module,
+                      met=", ".join(extra), wanted="one pair", remedy=_SAVE_AGAIN)  # fmt: skip
+    first, second = (tensors[role] for role in sorted(pair))
+    is_kernel = len(first.shape) > 2 and len(second.shape) == len(first.shape) and set(second.shape[2:]) == {1}
+    if not is_kernel and not len(first.shape) == len(second.shape) == 2:
+        raise invalid("A and B of one module do not fit together", pointer=first.name,
+                      met=f"{list(first.shape)} and {list(second.shape)}", remedy=_SAVE_AGAIN,
+                      wanted="two matrices, or a convolution's kernel and a kernel of size 1")  # fmt: skip
+    if config.use_dora != ("magnitude" in tensors):
+        met = "a magnitude" if "magnitude" in tensors else "no magnitude"
+        raise invalid("Config and weights disagree about DoRA", pointer=module, remedy=_SAVE_AGAIN,
+                      met=f"use_dora {config.use_dora} and {met}", wanted="both or neither")  # fmt: skip
+    if "magnitude" in tensors and tensors["magnitude"].size not in (second.shape[0], prod(first.shape[1:])):
+        info = tensors["magnitude"]
+        raise invalid("DoRA's magnitude does not fit its module", pointer=info.name, met=list(info.shape),
+                      wanted=f"{second.shape[0]} values", remedy=_SAVE_AGAIN)  # fmt: skip
+    if ("lora_bias" in tensors) and not config.raw.get("lora_bias"):
+        raise invalid(
+            "Config and weights disagree about lora_bias",
+            pointer=tensors["lora_bias"].name,
+            met="a bias on B",
+            wanted="lora_bias true in adapter_config.json",
+            remedy=_SAVE_AGAIN,
+        )
+
+
+def _is_set(name: str, value: Any) -> bool:
+    if name == "bias":
+        return value not in (None, "none")
+    # An empty sub-config means its defaults, not that the variant is off.
+    return bool(value) or isinstance(value, dict)
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:200]
 
 
 SPEC = Kind(
@@ -86,5 +197,5 @@ SPEC = Kind(
     blockers=blockers,
     check=check,
     low_rank=low_rank,
-    zero_roles=frozenset({"B", "embedding_A"}),
+    zero_endings=(".lora_B.weight", ".lora_embedding_A"),
 )
