@@ -16,6 +16,9 @@ os.environ.update(
     HUB_RATE_LIMITS="off",
 )
 
+# Where collected files would lie; the web process warns when there is no such folder.
+Path(os.environ["HUB_HOME"], "static").mkdir()
+
 # Test files import models at their top, so Django must be set up before the first is collected.
 import django  # noqa: E402
 
