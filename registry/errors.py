@@ -6,10 +6,10 @@ HubError
  ├─ Refused         NotAllowed ScopeMissing QuotaExceeded RateExceeded
  ├─ Invalid         UploadInvalid RecipeInvalid NameInvalid QueryInvalid BaseUnknown RequestInvalid
  ├─ TooLarge        a body, file or upload above its limit
- ├─ Conflict        NameTaken RevisionExists ExpertsIncompatible NotReady OffsetMismatch
+ ├─ Conflict        NameTaken ExpertsIncompatible NotReady OffsetMismatch
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
- └─ Unavailable     StorageUnavailable IndexNotReady QueueUnavailable (jobs retry these, and only these)
+ └─ Unavailable     StorageUnavailable IndexNotReady (jobs retry these, and only these)
 
 The class name in kebab-case is the code; `docs/errors.md` has a heading for each.
 """
@@ -179,10 +179,6 @@ class NameTaken(Conflict):
     title = "The name is taken"
 
 
-class RevisionExists(Conflict):
-    title = "This revision exists with other content"
-
-
 class ExpertsIncompatible(Conflict):
     title = "These experts cannot be merged"
 
@@ -228,7 +224,3 @@ class StorageUnavailable(Unavailable):
 
 class IndexNotReady(Unavailable):
     title = "The routing index is not ready"
-
-
-class QueueUnavailable(Unavailable):
-    title = "The job queue does not answer"

@@ -1,6 +1,7 @@
 """`bin/docs`: write the generated parts of the documentation, or check that they are up to date."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from local import install
 
-OPENAPI = install.ROOT / "docs" / "openapi.json"
+DOCS = install.ROOT / "docs"
 
 
 def main() -> None:
@@ -17,16 +18,20 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is not up to date")
     wanted = parser.parse_args()
     install.enter("local.commands.docs", sys.argv[1:], need="run")
+    writers = {"openapi.json": _write_openapi, "merge-methods.md": _write_merge_methods}
+    stale = []
     with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / OPENAPI.name
-        _write_openapi(fresh)
-        if fresh.read_bytes() == (OPENAPI.read_bytes() if OPENAPI.exists() else b""):
-            print(f"{OPENAPI.relative_to(install.ROOT)} is up to date")
-        elif wanted.check:
-            raise SystemExit(f"{OPENAPI.relative_to(install.ROOT)} is not up to date: run bin/docs")
-        else:
-            OPENAPI.write_bytes(fresh.read_bytes())
-            print(f"wrote {OPENAPI.relative_to(install.ROOT)}")
+        for name, write in writers.items():
+            fresh, kept = Path(folder) / name, DOCS / name
+            write(fresh)
+            if kept.exists() and fresh.read_bytes() == kept.read_bytes():
+                continue
+            stale.append(f"docs/{name}")
+            if not wanted.check:
+                kept.write_bytes(fresh.read_bytes())
+    if stale and wanted.check:
+        raise SystemExit(f"{', '.join(stale)} not up to date: run bin/docs")
+    print(f"wrote {', '.join(stale)}" if stale else "the generated documentation is up to date")
 
 
 def _write_openapi(path: Path) -> None:
@@ -36,6 +41,27 @@ def _write_openapi(path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(install.ROOT)}
     if subprocess.run([*manage, "spectacular", *options], env=environment, check=False).returncode:
         raise SystemExit("the OpenAPI schema could not be made; the reasons stand above")
+
+
+def _write_merge_methods(path: Path) -> None:
+    """Every merge method with its parameters, as the catalogue tells them."""
+    from moerge import merging  # noqa: PLC0415 - numpy stands only in the environment that was entered by now.
+
+    lines = [
+        "# Merge methods",
+        "",
+        "Written from the catalogue by `bin/docs`. Weights are those of the experts in a recipe; `density` is the share of",
+        "values kept. All methods work on deltas (scaling times B times A), never on the factors alone.",
+    ]
+    for name, spec in merging.catalogue().items():
+        lines += ["", f"## {name}", "", f"{spec.summary} {spec.paper}".strip(), ""]
+        lines += [f"Form: {spec.form}. Version {spec.version}."]
+        if spec.parameters:
+            lines += ["", "| parameter | default | allowed | meaning |", "|---|---|---|---|"]
+        for parameter in spec.parameters:
+            default = json.dumps(parameter.default)
+            lines.append(f"| `{parameter.name}` | `{default}` | {parameter.wanted()} | {parameter.help} |")
+    path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Documentation that cannot rot: what exists has its heading, and what has a heading exists."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+from django.urls import URLPattern, URLResolver, get_resolver
+
+from moerge import merging
+from registry import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def headings(page: str, level: str) -> set[str]:
+    return set(re.findall(rf"^{level} (.+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE))
+
+
+def test_every_error_code_has_its_heading_and_no_other_has() -> None:
+    classes = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, errors.HubError)]
+    codes = {re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower() for cls in classes}
+    assert headings("errors.md", "##") == codes
+
+
+def test_every_setting_has_its_heading_and_no_other_has() -> None:
+    read = set()
+    for node in ast.walk(ast.parse((ROOT / "config" / "settings.py").read_text())):
+        is_reader = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if is_reader and isinstance(node.func.value, ast.Name) and node.func.value.id == "env" and node.args:
+            read.add(node.args[0].value)
+    assert headings("settings.md", "###") == read | {"DATABASE_URL"}
+
+
+def test_every_route_of_the_rest_api_is_described() -> None:
+    def routes(patterns: list, before: str = "") -> set[str]:
+        found = set()
+        for pattern in patterns:
+            here = before + str(pattern.pattern)
+            if isinstance(pattern, URLResolver):
+                found |= routes(pattern.url_patterns, here)
+            elif isinstance(pattern, URLPattern) and here.startswith("api/v1/"):
+                found.add(here)
+        return found
+
+    text = (ROOT / "docs" / "api.md").read_text()
+    plain = {re.sub(r"<(?:\w+:)?(\w+)>", "{}", route) for route in routes(get_resolver().url_patterns)}
+    described = {re.sub(r"\{\w+\}", "{}", route).lstrip("/") for route in re.findall(r"/?api/v1/[\w/{}.-]*", text)}
+    missing = {route for route in plain if route not in described and "/files/" not in route}
+    assert missing == set()
+
+
+def test_every_merge_method_is_described() -> None:
+    text = (ROOT / "docs" / "merge-methods.md").read_text()
+    assert {name for name in merging.catalogue() if f"## {name}\n" not in text} == set()
+
+
+def test_the_vendored_assets_are_what_they_say() -> None:
+    import hashlib
+
+    folder = ROOT / "frontend" / "static" / "vendor"
+    rows = re.findall(r"^\| ([\w./]+) \| .+ \| ([0-9a-f]{64}) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert {path for path, _ in rows} == {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in {".js", ".css"}
+    }
+    for path, digest in rows:
+        assert hashlib.sha256((folder / path).read_bytes()).hexdigest() == digest
