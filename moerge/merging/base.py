@@ -72,9 +72,9 @@ class Parameter:
         accepted = self._accept(value)
         if accepted is None and not (value is None and self.default is None):
             raise RecipeInvalid(
-                f"Parameter {self.name} is {value!r}, wanted {self.wanted()}.",
+                f"Parameter {self.name} is {shown(value)}, wanted {self.wanted()}.",
                 pointer=f"/parameters/{self.name}",
-                met=value,
+                met=shown(value),
                 wanted=self.wanted(),
                 remedy=self._remedy(value),
             )
@@ -250,7 +250,7 @@ class Spec:
                 return parameter
         names = [item.name for item in self.parameters]
         raise RecipeInvalid(
-            f"Method {self.name} has no parameter {name!r}.",
+            f"Method {self.name} has no parameter {shown(name)}.",
             pointer=f"/parameters/{name}",
             met=name,
             wanted=("one of " + ", ".join(names)) if names else "no parameters",
@@ -297,6 +297,12 @@ class Spec:
             Limit(**{**item, "plus": tuple(item["plus"]), "minus": tuple(item["minus"])}) for item in values["limits"]
         )
         return cls(**{**values, "needs": tuple(values["needs"]), "parameters": parameters, "limits": limits})
+
+
+def shown(value: object) -> str:
+    """A value as it may be repeated in a message: NaN and long texts do not survive JSON or a page."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ No numpy here: a web process parses recipes against the cards of methods that it
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +12,12 @@ from typing import Any
 
 from moerge import merging
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
-from moerge.merging.base import Parameters, Spec, nearest
+from moerge.merging.base import Parameters, Spec, nearest, shown
 
 MOST_EXPERTS = 100
 HIGHEST_RANK = 4096
 LARGEST_SEED = 2**63 - 1
+LARGEST_WEIGHT = 1e6
 KINDS = ("lora",)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -123,11 +123,11 @@ def _method(name: object, specs: Mapping[str, Spec]) -> Spec:
     if isinstance(name, str) and name in specs:
         return specs[name]
     raise RecipeInvalid(
-        "The recipe names no method." if name is None else f"There is no merge method {name!r}.",
+        "The recipe names no method." if name is None else f"There is no merge method {shown(name)}.",
         pointer="/method",
-        met=name,
+        met=name if isinstance(name, str) else shown(name),
         wanted="one of " + ", ".join(sorted(specs)),
-        remedy=nearest(str(name), sorted(specs)),
+        remedy=nearest(name if isinstance(name, str) else "", sorted(specs)),
     )
 
 
@@ -136,7 +136,7 @@ def _experts(values: object, base_model: str | None) -> list[Expert]:
         raise RecipeInvalid(
             f"A recipe needs a list of 1 to {MOST_EXPERTS} experts.",
             pointer="/experts",
-            met=len(values) if isinstance(values, list) else _shown(values),
+            met=len(values) if isinstance(values, list) else shown(values),
             wanted=f"1 to {MOST_EXPERTS} experts",
             remedy="Name the experts and their weights.",
         )
@@ -183,9 +183,9 @@ def _output(value: object) -> Output:
 def _mapping(value: object, pointer: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise RecipeInvalid(
-            f"{pointer or 'The recipe'} is {_shown(value)}, wanted an object.",
+            f"{pointer or 'The recipe'} is {shown(value)}, wanted an object.",
             pointer=pointer,
-            met=_shown(value),
+            met=shown(value),
             wanted="an object",
             remedy="Send a JSON object.",
         )
@@ -197,7 +197,7 @@ def _object(value: object, pointer: str, known: tuple[str, ...]) -> dict[str, An
     for name in fields:
         if name not in known:
             raise RecipeInvalid(
-                f"There is no field {name!r} here.",
+                f"There is no field {shown(name)} here.",
                 pointer=f"{pointer}/{name}",
                 met=name,
                 wanted="one of " + ", ".join(known),
@@ -214,7 +214,7 @@ def _text(value: object, pointer: str) -> str:
 
 def _number(value: object, pointer: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or abs(value) > 1e6:  # type: ignore[arg-type]
+    if not is_number or not -LARGEST_WEIGHT <= value <= LARGEST_WEIGHT:  # type: ignore[operator]
         raise _wrong(value, pointer, "a finite number of at most a million")
     # Adding zero turns -0.0 into 0.0, so that both make the same recipe.
     return float(value) + 0.0  # type: ignore[arg-type]
@@ -233,13 +233,7 @@ def _one_of(value: object, pointer: str, choices: tuple[str, ...]) -> str:
 
 
 def _wrong(value: object, pointer: str, wanted: str) -> RecipeInvalid:
-    met = _shown(value)
+    met = shown(value)
     return RecipeInvalid(
         f"{pointer} is {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=f"Give {wanted}."
     )
-
-
-def _shown(value: object) -> str:
-    """A value as it may be repeated in a message: NaN and long texts do not survive JSON or a page."""
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

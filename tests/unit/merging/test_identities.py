@@ -1,0 +1,186 @@
+"""Identities between methods and of single methods that follow from their formulas."""
+
+import numpy as np
+import pytest
+
+from moerge import merging
+from moerge.merging import arrays
+from moerge.tensors.adapters import LowRank
+from tests.unit.merging import builders
+from tests.unit.merging.builders import LETTERS, dense_of
+
+EVERYTHING = {
+    "breadcrumbs": {"density": 1.0, "gamma": 0.0},
+    "cat": {},
+    "dare": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0, "scale": 1.0},
+    "linear": {},
+    "magmax": {},
+    "magnitude_prune": {"density": 1.0},
+    "opcm": {},
+    "sce": {},
+    "svd": {},
+    "task_arithmetic": {},
+    "ties": {"density": 1.0},
+    "tsv_m": {},
+}
+# A single expert is changed by these on purpose: values made equal, drowned, balanced, or voted away.
+NO_IDENTITY = {"consensus_ta", "iso_c", "iso_cts", "pcb", "sce"}
+
+
+def merge(method, experts, weights=None, *, seed=0, digests=None, **parameters):
+    return dense_of(
+        arrays.merge(
+            method,
+            experts,
+            weights=weights,
+            parameters=parameters,
+            seed=seed,
+            digests=digests or LETTERS[: len(experts)],
+        )
+    )
+
+
+def assert_same(found, wanted, *, rtol=1e-5, atol=1e-7):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=rtol, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("method", sorted(set(EVERYTHING) - NO_IDENTITY))
+def test_one_expert_of_weight_one_with_nothing_dropped_is_itself(method):
+    (expert,) = builders.low_rank(1)
+    assert_same(merge(method, [expert], **EVERYTHING[method]), dense_of(expert), rtol=1e-4, atol=1e-5)
+
+
+def test_every_method_either_is_an_identity_on_one_expert_or_is_known_not_to_be():
+    assert set(EVERYTHING) | NO_IDENTITY == set(merging.catalogue())
+
+
+@pytest.mark.parametrize("variant", ["mergekit", "peft", "release"])
+def test_ties_without_trimming_or_conflict_is_the_mean_of_what_is_not_zero(variant):
+    experts = [{"w": np.abs(found["layer.weight"])} for found in builders.dense(3)]
+    stacked = np.stack([expert["w"] for expert in experts])
+    wanted = stacked.sum(axis=0) / np.maximum((stacked != 0).sum(axis=0), 1)
+    assert_same(merge("ties", experts, variant=variant, density=1.0), {"w": wanted})
+
+
+def test_ties_of_peft_doubles_when_all_weights_double_and_that_of_mergekit_does_not():
+    experts = builders.dense(3)
+    peft, mergekit = (merge("ties", experts, [1, 1, 1], variant=name) for name in ("peft", "mergekit"))
+    assert_same(merge("ties", experts, [2, 2, 2], variant="peft"), {name: 2 * found for name, found in peft.items()})
+    assert_same(merge("ties", experts, [2, 2, 2], variant="mergekit"), mergekit)
+
+
+def test_consensus_of_nobody_is_task_arithmetic():
+    experts, weights = builders.dense(3), [0.5, 1.0, -0.25]
+    assert_same(
+        merge("consensus_ta", experts, weights, min_experts=0, scale=0.6),
+        merge("task_arithmetic", experts, weights, scale=0.6),
+    )
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "task_arithmetic"])
+def test_methods_that_add_up_agree_with_linear(method):
+    experts, weights = builders.low_rank(3), [0.5, 1.0, -0.25]
+    assert_same(merge(method, experts, weights), merge("linear", experts, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_dare_that_drops_nothing_is_linear():
+    experts, weights = builders.dense(3), [0.5, 1.0, -0.25]
+    assert_same(merge("dare", experts, weights, density=1.0), merge("linear", experts, weights))
+
+
+def test_della_without_a_window_is_dare_bit_for_bit():
+    experts, weights = builders.dense(3), [0.5, 1.0, -0.25]
+    della = merge("della", experts, weights, seed=4, density=0.3, epsilon=0.0, elect="none", normalize=False, scale=1.0)
+    dare = merge("dare", experts, weights, seed=4, density=0.3)
+    assert all(della[name].tobytes() == dare[name].tobytes() for name in dare)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("linear", {"normalize": True}), ("ties", {}), ("sce", {}), ("magmax", {})],
+)
+def test_naming_every_expert_twice_changes_nothing(method, parameters):
+    experts, weights = builders.dense(3), [0.5, 1.0, 0.25]
+    once = merge(method, experts, weights, **parameters)
+    twice = merge(method, experts * 2, weights * 2, digests=list("abcabc"), **parameters)
+    assert_same(twice, once)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "opcm"])
+def test_the_core_form_is_the_dense_formula_where_the_ranks_fill_the_matrix(method):
+    experts = builders.low_rank(3, shape=(12, 12), ranks=(4, 4, 4), dtype=np.float64)
+    dense = [dense_of(expert) for expert in experts]
+    weights = [0.5, 1.0, 0.75]
+    assert_same(merge(method, experts, weights), merge(method, dense, weights), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_spectral_methods_do_not_move_when_noise_fills_the_null_space(method):
+    """On the dense product of low-rank factors, rounding decides; on cores it does not."""
+    rng = np.random.default_rng(1)
+    experts = builders.low_rank(3, shape=(40, 30), dtype=np.float64)
+    noisy = [
+        {
+            name: LowRank(
+                found.A * (1 + 1e-9 * rng.normal(size=found.A.shape)),
+                found.B * (1 + 1e-9 * rng.normal(size=found.B.shape)),
+                found.scaling,
+            )
+            for name, found in expert.items()
+        }
+        for expert in experts
+    ]
+    first, again = merge(method, experts), merge(method, noisy)
+    assert_same(again, first, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_spectral_methods_take_duplicate_experts(method):
+    experts = builders.low_rank(2)
+    merged = merge(method, [experts[0], experts[1], experts[0]], digests=list("aba"))
+    assert all(np.isfinite(found).all() and found.any() for found in merged.values())
+    assert all(np.linalg.matrix_rank(found, tol=1e-4) <= 5 for found in merged.values())
+
+
+def test_iso_c_makes_all_singular_values_the_mean_of_those_of_the_sum():
+    experts, weights = builders.low_rank(3), [0.5, 1.0, 0.75]
+    summed = merge("linear", experts, weights)["q"]
+    found = np.linalg.svd(merge("iso_c", experts, weights, scale=2.0)["q"], compute_uv=False)
+    np.testing.assert_allclose(found[:9], 2 * np.linalg.svd(summed, compute_uv=False)[:9].mean(), rtol=1e-5)
+    assert found[9] < 1e-4
+
+
+def test_opcm_goes_on_from_a_kept_state_as_if_it_had_not_stopped():
+    from moerge.merging.methods import opcm
+    from moerge.merging.sources import Source
+
+    experts = builders.low_rank(3)
+    parameters = opcm.SPEC.parse({"alpha": 0.4})
+    state = None
+    for expert in experts:
+        source = Source("x", 1.0, expert)
+        state = opcm.step(state, {name: source.read(name) for name in expert}, 1.0, parameters)
+    assert_same(merge("opcm", experts, alpha=0.4), dense_of(opcm.finish(state)), rtol=1e-4, atol=1e-5)
+    assert len(state.norms) == 3
+
+
+def test_no_two_methods_agree_on_one_set_of_conflicting_experts():
+    experts = builders.dense(4, seed=2)
+    settings = {
+        "linear": {"normalize": True}, "task_arithmetic": {"scale": 0.4}, "ties": {"density": 0.5}, "cat": {},
+        "iso_c": {"scale": 0.7}, "iso_cts": {"scale": 0.7, "common": 0.3}, "tsv_m": {"scale": 0.7}, "magmax": {"scale": 0.6},
+        "breadcrumbs": {"density": 0.5, "gamma": 0.1}, "magnitude_prune": {"density": 0.5}, "sce": {"select": 0.5},
+    }  # fmt: skip
+    flat = {}
+    for method in merging.catalogue():
+        merged = merge(method, experts, [0.5, 1.0, 0.8, -0.3], seed=1, **settings.get(method, {}))
+        flat[method] = np.concatenate([found.ravel() for found in merged.values()])
+    # cat and svd are the same sum; they differ in the rank they keep.
+    names = sorted(set(flat) - {"svd"})
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            distance = np.linalg.norm(flat[one] - flat[other]) / np.linalg.norm(flat[one])
+            assert distance > 1e-3, (one, other)
