@@ -9,9 +9,9 @@ from registry.errors import ExpertNotFound
 
 PART = r"[A-Za-z0-9_.-]{1,200}"
 NAME = rf"(?P<full_name>{PART}/{PART})"
-REST = r"(?s:(?P<rest>.+))"
+REST = r"(?P<rest>[\s\S]+)"  # a newline may be in it; Django cannot turn a flag group back into an address
 MODEL = rf"^api/models/{NAME}"
-ANYTHING = r"(?s:.*)$"
+ANYTHING = r"[\s\S]*$"
 
 
 @endpoint("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH")
