@@ -56,17 +56,20 @@ Tensor = Array | BF16 | Lazy
 
 def to_bf16(values: npt.NDArray[np.floating[Any]]) -> UInt16:
     """Float32 values to bfloat16 bits, rounded to nearest, ties to even, as torch does; NaN stays NaN."""
+    shape = values.shape
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     # Rounding could carry a NaN of small payload into infinity, so NaNs become the one quiet NaN.
-    result: UInt16 = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    result: UInt16 = np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16).reshape(shape)
     return result
 
 
 def from_bf16(bits: UInt16) -> Float32:
     """Bfloat16 bits to the float32 values they stand for, exactly."""
-    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)
+    # ascontiguousarray gives the array of a scalar one dimension.
+    return wide.view(np.float32).reshape(bits.shape)
 
 
 def to_dtype(values: Float32, dtype: str) -> "Array | BF16":

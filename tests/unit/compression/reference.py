@@ -1,6 +1,7 @@
 """A plain slow decoder of `compeft/1` in Python loops: nothing of ours, no numpy, no checks. The format, spelt out."""
 
 import json
+import math
 import struct
 import zlib
 
@@ -47,10 +48,7 @@ def positions(plane, coding, size):
                 index += byte + 1
                 found.append(index)
         return found
-    for index in range(size):
-        if plane[index // 8] >> (index % 8) & 1:
-            found.append(index)
-    return found
+    return [index for index in range(size) if plane[index // 8] >> (index % 8) & 1]
 
 
 def decode(data, base=None):
@@ -80,7 +78,7 @@ def rounded(value, dtype):
             return struct.unpack("<e", struct.pack("<e", value))[0]
     except OverflowError:
         return float("inf") if value > 0 else -float("inf")
-    if dtype == "F32" or value != value or value in (float("inf"), -float("inf")):
+    if dtype == "F32" or not math.isfinite(value):
         return value
     bits = struct.unpack("<I", struct.pack("<f", value))[0]
     below, rest = bits >> 16, bits & 0xFFFF

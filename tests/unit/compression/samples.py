@@ -31,7 +31,7 @@ def dtype_of(tensor):
     return "BF16" if isinstance(tensor, BF16) else {"<f4": "F32", "<f2": "F16", "<f8": "F64"}[tensor.dtype.str]
 
 
-def entry(name, dtype, shape, positions, negative, scale, init=0):
+def entry(name, dtype, shape, positions, negative, scale, init=0):  # noqa: PLR0917 - a row of a table
     return Ternary(
         name=name, dtype=dtype, shape=shape, positions=np.array(positions, np.int64),
         negative=np.array(negative, bool), scale=scale, init=init,

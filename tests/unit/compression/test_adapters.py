@@ -64,7 +64,7 @@ def test_the_same_input_gives_the_same_bytes(adapter, tmp_path):
 
 
 def test_the_report_counts_what_lies_on_disk(adapter, tmp_path):
-    folder, tensors = adapter
+    folder, _ = adapter
     report = compress(folder, tmp_path / "x", density=0.1)
     weights = folder / "adapter_model.safetensors"
     assert report.bytes == (tmp_path / "x").stat().st_size
@@ -132,7 +132,7 @@ def test_progress_rises_to_one(adapter, tmp_path, options):
 
 
 def test_an_adapter_that_is_not_lora_stays_whole(adapter, tmp_path):
-    folder, tensors = adapter
+    folder, _ = adapter
     report = compress_adapter(config(peft_type="IA3"), folder / "adapter_model.safetensors", tmp_path / "x")
     assert report.size == report.kept == 0
     assert report.cosine is None

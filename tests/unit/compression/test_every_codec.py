@@ -47,7 +47,7 @@ def test_a_codec_describes_itself(codec):
         assert ("choices" in parameter) == (parameter["type"] == "string")
     defaults = codec.SPEC.parse({})
     assert defaults == {parameter["name"]: parameter["default"] for parameter in shown["parameters"]}
-    assert codec.SPEC.parse({name: None for name in defaults}) == defaults
+    assert codec.SPEC.parse(dict.fromkeys(defaults)) == defaults
 
 
 @pytest.mark.parametrize("size", [1, 3, 64, 101])
