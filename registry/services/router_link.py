@@ -1,5 +1,6 @@
 """The line from web and workers to the router process: kept-alive HTTP, JSON both ways, a shared secret."""
 
+import atexit
 import base64
 from functools import cache
 from typing import Any
@@ -41,7 +42,9 @@ def health() -> dict[str, Any]:
 def _client() -> httpx.Client:
     limits = httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=_KEEPALIVE_SECONDS)
     # The router is a neighbour: a proxy that the environment names is for other hosts.
-    return httpx.Client(limits=limits, trust_env=False)
+    client = httpx.Client(limits=limits, trust_env=False)
+    atexit.register(client.close)
+    return client
 
 
 def _ask(method: str, path: str, *, body: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
