@@ -5,6 +5,7 @@ import math
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +271,11 @@ def test_errors_name_the_entry_and_are_plain_text():
     assert error.met == "position 800"
     assert error.wanted == "below 800"
     assert "C6.position" in str(error)
+
+
+def test_every_rule_and_every_setting_stands_in_the_documentation():
+    text = (Path(__file__).parents[3] / "docs" / "compeft.md").read_text(encoding="utf-8")
+    for rule, holds in RULES.items():
+        assert f"| `{rule}` | {holds} |" in text
+    for parameter in compeft.SPEC.parameters:
+        assert all(f"`{choice}`" in text for choice in parameter.choices)
