@@ -24,6 +24,11 @@ import django  # noqa: E402
 
 django.setup()
 
+from django.conf import settings as _settings  # noqa: E402
+
+# Slow hashes protect stolen passwords; those of tests are in the source.
+_settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
 pytest_plugins = ["tests.servers", "tests.suites", "tests.browsers"]
 
 

@@ -202,11 +202,12 @@ class CompleteUpload(View):
 
 def place_of(request: Request) -> Range:
     """Which bytes the body of a PUT is: by Content-Range, else all of them. Raises RequestMalformed."""
-    length = request.headers.get("Content-Length", "")
-    if not length.isdigit():
+    # Without a length there is no body, unless it is sent in pieces of unknown number.
+    length = request.headers.get("Content-Length") or "0"
+    if not length.isdigit() or "Transfer-Encoding" in request.headers:
         raise RequestMalformed(
             "The length of the body is not known.",
-            faults=[Fault("Content-Length", length or None, "the number of bytes", "Send a Content-Length header.")],
+            faults=[Fault("Content-Length", length, "the number of bytes", "Send a Content-Length header.")],
         )
     header = request.headers.get("Content-Range")
     if header is None:

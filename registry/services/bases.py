@@ -138,33 +138,40 @@ def known() -> Iterator[Known]:
 
 
 def sync() -> int:
-    """Write the well-known bases and their aliases into rows; can be run at any time, and again. Returns how many."""
-    count = 0
+    """Write the well-known bases and their aliases into rows; can be run at any time, and again. Returns how many.
+
+    Shapes of the list win over what experts taught; an alias that leads elsewhere already stays as it is.
+    """
+    entries = list(known())
     with transaction.atomic():
-        taken = dict(BaseAlias.objects.values_list("key", "base__name"))
-        for entry in known():
-            base, _ = BaseModel.objects.update_or_create(
+        learned = dict(BaseModel.objects.values_list("name", "shapes"))
+        rows = [
+            BaseModel(
                 name=entry.name,
-                defaults={
-                    "licence": entry.licence,
-                    "architecture": entry.architecture,
-                    "parameter_count": entry.parameter_count,
-                    # What the list knows wins over what experts taught.
-                    **({"shapes": entry.shapes} if entry.shapes else {}),
-                },
+                licence=entry.licence,
+                architecture=entry.architecture,
+                parameter_count=entry.parameter_count,
+                shapes=entry.shapes or learned.get(entry.name, {}),
             )
-            wanted = dict.fromkeys((name.casefold() for name in (entry.name, *entry.aliases)), False)
-            wanted |= dict.fromkeys((name.casefold() for name in entry.quantised), True)
-            BaseAlias.objects.bulk_create(
-                [
-                    BaseAlias(key=key, base=base, is_quantised=is_quantised)
-                    for key, is_quantised in wanted.items()
-                    if key not in taken
-                ],
-                ignore_conflicts=True,
-            )
-            count += 1
-    return count
+            for entry in entries
+        ]
+        BaseModel.objects.bulk_create(
+            rows,
+            update_conflicts=True,
+            unique_fields=["name"],
+            update_fields=["licence", "architecture", "parameter_count", "shapes"],
+        )
+        ids = dict(BaseModel.objects.values_list("name", "pk"))
+        names = [(name, entry.name, False) for entry in entries for name in (entry.name, *entry.aliases)]
+        names += [(name, entry.name, True) for entry in entries for name in entry.quantised]
+        BaseAlias.objects.bulk_create(
+            [
+                BaseAlias(key=name.casefold(), base_id=ids[base], is_quantised=is_quantised)
+                for name, base, is_quantised in names
+            ],
+            ignore_conflicts=True,
+        )
+    return len(entries)
 
 
 def _find(name: str) -> BaseModel | None:
