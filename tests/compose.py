@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +30,15 @@ def filled(text: str, variables: Mapping[str, str]) -> str:
         raise KeyError(f"{match['name']}: {match['rest'] or 'not set'}")
 
     return VARIABLE.sub(value, text)
+
+
+def mapped(tree: Any, change: Callable[[str], str]) -> Any:
+    """The same tree with every string changed."""
+    if isinstance(tree, dict):
+        return {key: mapped(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [mapped(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
 
 
 def settings_read() -> set[str]:

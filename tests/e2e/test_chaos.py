@@ -45,7 +45,8 @@ def survive(hub: Hub, *, prefix: str, experts: int, victims: list[str], pause: f
     """Upload and kill at once; then the hub has to be whole again within HEALING_SECONDS of the last kill."""
     names = [f"{hub.username}/{prefix}-{number}" for number in range(experts)]
     trees = [
-        tiny.lora(seed=1000 + number, task=f"Sorts {prefix} parcels of kind {number}.") for number in range(experts)
+        tiny.lora(seed=1000 + number, rank=16, task=f"Sorts {prefix} parcels of kind {number}.")
+        for number in range(experts)
     ]
     supervisor = hub.record()["supervisor"]
     with ThreadPoolExecutor(3) as pool:
