@@ -35,7 +35,7 @@ def of_merge(merge: Merge, recipe: Recipe, report: dict[str, Any]) -> str:
         "---",
         f"# {merge.full_name}",
         "",
-        f"{len(parents)} experts on {merge.base_model.name}, merged by `{recipe.method}` version {recipe.spec.version}.",
+        f"{len(parents)} experts on {merge.base_model.name}, merged by `{recipe.method}` {recipe.spec.version}.",
         "",
         "| weight | expert | revision | licence |",
         "|---|---|---|---|",

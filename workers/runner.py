@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from django.conf import settings
-from django.db import InterfaceError, OperationalError, close_old_connections, connection
+from django.db import InterfaceError, OperationalError, connection
 
 from moerge.errors import MoergeError
 from registry import jobs, telemetry
@@ -44,7 +44,6 @@ class Work:
 
 def run(job_id: str) -> None:
     """Claim one job and carry it to its end; a job that is not to be had is somebody else's."""
-    close_old_connections()
     lease = jobs.claim(job_id)
     if lease is None:
         return
@@ -62,7 +61,6 @@ def run(job_id: str) -> None:
         over.set()
         beat.join()
         telemetry.job_id.reset(token)
-        close_old_connections()
 
 
 def _carry_out(work: Work) -> None:

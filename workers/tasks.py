@@ -3,6 +3,10 @@
 The message is only a hint that a row is ready; everything else is in the row (registry.jobs).
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
 from celery import shared_task
 from django.db import close_old_connections
 
@@ -10,19 +14,26 @@ from registry import jobs
 from registry.services import cleaning
 from workers import runner
 
+P = ParamSpec("P")
+
+
+def fresh(function: Callable[P, object]) -> Callable[P, None]:
+    """Drop database connections that died or grew old, before and after, as Django does around a request."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        close_old_connections()
+        try:
+            function(*args, **kwargs)
+        finally:
+            close_old_connections()
+
+    return wrapped
+
+
 for _kind in jobs.JobKind:
-    shared_task(name=f"workers.{_kind}")(runner.run)
-
-
-@shared_task(name="workers.sweep")
-def sweep() -> None:
-    """Send again the jobs whose message or worker was lost."""
-    close_old_connections()
-    jobs.sweep()
-
-
-@shared_task(name="workers.clean")
-def clean() -> None:
-    """Remove what nothing refers to any more and what was never finished."""
-    close_old_connections()
-    cleaning.clean()
+    shared_task(name=f"workers.{_kind}")(fresh(runner.run))
+# Send again the jobs whose message or worker was lost.
+shared_task(name="workers.sweep")(fresh(jobs.sweep))
+# Remove what nothing refers to any more and what was never finished.
+shared_task(name="workers.clean")(fresh(cleaning.clean))
