@@ -112,5 +112,14 @@ def adapter(seed: int = 0, **changes: bytes) -> dict[str, bytes]:
     }
 
 
+def fitting(shapes: dict[str, tuple[int, int]], *, seed: int = 0, **changes: Any) -> dict[str, bytes]:
+    """Config and weights for modules of these shapes."""
+    targets = sorted({module.rsplit(".", 1)[-1] for module in shapes})
+    return {
+        "adapter_config.json": config(target_modules=targets, **changes),
+        "adapter_model.safetensors": weights(shapes=shapes, seed=seed),
+    }
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -132,7 +132,7 @@ def test_what_arrived_of_a_cut_chunk_counts_and_the_upload_goes_on_from_there(ow
     assert cut.value.faults[0].remedy == "Go on from byte 70001."
     assert [offset for _, offset in uploads.offsets(upload)] == [70_001]
     rest = data[70_001:]
-    row, offset = uploads.put_chunk(**arguments, stream=io.BytesIO(rest), where=Range(70_001, len(data)))
+    _, offset = uploads.put_chunk(**arguments, stream=io.BytesIO(rest), where=Range(70_001, len(data)))
     assert offset == len(data)
     _, made = uploads.complete(user=owner, upload_id=upload.pk)
     assert made.files.get().blob_id == tiny.sha256(data)
