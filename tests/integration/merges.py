@@ -1,0 +1,34 @@
+"""Merges as rows, with or without the content that a worker would have made."""
+
+import hashlib
+from collections.abc import Sequence
+
+from registry.models import BaseModel, Expert, File, Merge, MergeParent, Recipe, Ref, Revision
+from registry.services import blobs
+
+
+def merge_of(
+    parents: Sequence[Expert], *, files: dict[str, bytes] | None = None, state: str = Merge.State.READY
+) -> Merge:
+    """A merge of the heads of experts; without `files` it is not computed."""
+    names = ",".join(parent.full_name for parent in parents)
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    recipe = Recipe.objects.create(digest=digest, canonical="{}", method="linear")
+    merge = Merge.objects.create(
+        id=digest[:16],
+        recipe=recipe,
+        commit=hashlib.sha1(digest.encode()).hexdigest(),
+        base_model=BaseModel.objects.get(pk=parents[0].base_model_id),
+        state=state,
+    )
+    for position, parent in enumerate(parents):
+        head = Ref.objects.get(expert=parent, name="main").revision
+        MergeParent.objects.create(merge=merge, revision=head, weight=0.5, position=position)
+    if files is not None:
+        revision = Revision.objects.create(
+            merge=merge, commit=merge.commit, manifest_digest=digest, state=Revision.State.READY
+        )
+        for path, data in files.items():
+            blob = blobs.keep(blobs.stage_bytes(data))
+            File.objects.create(revision=revision, path=path, blob=blob, is_large=path.endswith(".safetensors"))
+    return merge
