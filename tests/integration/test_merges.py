@@ -115,7 +115,10 @@ def test_the_result_is_a_repository_with_card_recipe_and_lineage(ann, pair, clie
         hf.sha256(FIRST["adapter_model.safetensors"]),
         hf.sha256(SECOND["adapter_model.safetensors"]),
     }
-    assert client.get(f"/{merge.full_name}/resolve/main/adapter_config.json")["X-Repo-Commit"] == merge.commit
+    answer = client.get(f"/{merge.full_name}/resolve/main/adapter_config.json")
+    assert answer["X-Repo-Commit"] == merge.commit
+    assert b"".join(answer) == files["adapter_config.json"]
+    answer.close()
     assert Revision.objects.get(merge=merge).commit == merge.commit
 
 
@@ -161,10 +164,10 @@ def test_a_merge_pins_its_parents(ann, pair) -> None:
 def test_a_second_run_of_the_job_changes_nothing(ann, pair) -> None:
     merge = compute(merges.register(user=ann[0], body=recipe())[0])
     before = list(File.objects.filter(revision__merge=merge).values_list("path", "blob_id"))
-    Job.objects.update(state=Job.State.QUEUED)
+    merge.jobs.update(state=Job.State.QUEUED)
     runner.run(merge.jobs.get().pk)
     assert list(File.objects.filter(revision__merge=merge).values_list("path", "blob_id")) == before
-    assert Job.objects.get().state == Job.State.DONE
+    assert merge.jobs.get().state == Job.State.DONE
 
 
 def test_a_cancelled_merge_starts_again_when_it_is_asked_for_again(ann, pair) -> None:
@@ -226,7 +229,7 @@ def test_a_private_expert_is_no_parent_for_strangers(ann) -> None:
 
 REFUSALS = {
     "unknown method": ({"method": "tiess"}, 422, "/method", "tiess"),
-    "no method": ({"method": None}, 422, "/method", None),
+    "no method": ({"method": None}, 422, "/method", "nothing"),
     "unknown parameter": ({"parameters": {"densty": 0.2}, "method": "ties"}, 422, "/parameters/densty", "densty"),
     "parameter out of range": ({"parameters": {"density": 1.5}, "method": "ties"}, 422, "/parameters/density", "1.5"),
     "weight is no number": ({"experts": [{"expert": "ann/first", "weight": "x"}]}, 422, "/experts/0/weight", "'x'"),
