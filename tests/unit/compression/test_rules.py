@@ -96,6 +96,14 @@ def swapped_planes():
     return made.build(sha256=made.metadata["planes_sha256"])
 
 
+def padded_with_escapes():
+    """1,019 values have room for three escapes; a fourth in the plane is refused by its length alone."""
+    made = Forge.of(samples.written([samples.entry("x", "F32", (1019,), [0], [False], 1.0)]))
+    made.plane += b"\xff" * 4
+    made.rows[0][4] += 4
+    return made.build()
+
+
 SAMPLE = sample()
 A, B, D = SAMPLE.plane[:7], SAMPLE.plane[7:10], SAMPLE.plane[10:]
 MANY = [[f"{number:06}", "F32", [], 0, 0, 0, 0] for number in range(manifest.ENTRIES + 1)]
@@ -170,6 +178,7 @@ HOSTILE = [
     ("C3.count", row(3, 3, 13), {}),
     ("C3.plane", row(0, 4, 4), {}),
     ("C3.plane", row(0, 4, 9), {}),
+    ("C3.plane", padded_with_escapes(), {}),
     ("C3.plane", row(1, 4, 2), {}),
     ("C3.plane", row(1, 4, 4), {}),
     ("C3.finite", scale(0, math.nan), {}),
