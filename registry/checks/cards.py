@@ -25,6 +25,7 @@ EXAMPLES_COUNT, EXAMPLE_CHARACTERS = 32, 4_000
 TAGS_COUNT, TAG_CHARACTERS = 64, 80
 LICENCE_CHARACTERS = 64
 FIGURES_COUNT = 200
+DEPTH = 32
 FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n)?^(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 PLACEHOLDER = re.compile(r"\[More Information Needed\]|<!--.*?-->", re.DOTALL)
 UNTOUCHED = re.compile(r"\b(base|baseline|untouched)\b", re.IGNORECASE)
@@ -130,12 +131,19 @@ def first_paragraph(body: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without anchors (they multiply) and without duplicate keys (readers disagree on them)."""
+    """Safe YAML without anchors (they multiply), deep nesting and duplicate keys (readers disagree on them)."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("anchors and aliases are not allowed")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise yaml.YAMLError(f"nested more than {DEPTH} levels deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - yaml's signature
         seen = set()

@@ -33,7 +33,19 @@ from registry.errors import (
     TooLarge,
     UploadInvalid,
 )
-from registry.models import BaseModel, Blob, Evaluation, Expert, File, Namespace, Ref, Revision, Upload, User
+from registry.models import (
+    BaseModel,
+    Blob,
+    Evaluation,
+    Expert,
+    File,
+    Namespace,
+    Ref,
+    Revision,
+    Upload,
+    UploadFile,
+    User,
+)
 from registry.services import audit, bases, blobs, experts
 from registry.services.blobs import Staged
 from registry.services.limits import header_limits
@@ -505,7 +517,10 @@ def record_figures(revision: Revision, figures: Iterable[Figure]) -> None:
 
 def _finished(upload: Upload | None, revision: Revision) -> Revision:
     if upload is not None:
-        Upload.objects.filter(pk=upload.pk).update(state=Upload.State.COMPLETED, revision=revision)
+        with transaction.atomic():
+            Upload.objects.filter(pk=upload.pk).update(state=Upload.State.COMPLETED, revision=revision)
+            # From here on the files of the revision hold the blobs.
+            UploadFile.objects.filter(upload=upload).update(blob=None)
     return revision
 
 
