@@ -1,0 +1,154 @@
+"""The same journey through the pages, in headless Chromium; the screenshots are kept beside the test's other files."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.e2e.test_journey import EXPERTS, unlike_pair
+from tests.hubs import Hub
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def shots(tmp_path: Path):
+    """Where screenshots go: MOERGE_SHOTS names a folder to keep them."""
+    folder = Path(os.environ.get("MOERGE_SHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def signed_in(page, hub: Hub):
+    """A page of the administrator, which fails the test on any error of a script."""
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{hub.url}/login")
+    page.get_by_label("Name").fill(hub.username)
+    page.get_by_label("Password").fill(hub.password)
+    page.get_by_role("button", name="Sign in").click()
+    page.wait_for_url(f"{hub.url}/")
+    yield page
+    assert errors == []
+
+
+def upload(page, hub: Hub, folder: Path, name: str) -> None:
+    page.goto(f"{hub.url}/upload")
+    page.locator("#folder").set_input_files(str(folder))
+    page.locator("[name=name]").fill(name)
+    page.locator("#send").click()
+
+
+def test_a_newcomer_asks_and_gets_the_expert_without_an_account(page, hub: Hub, shots: Path):
+    name = unlike_pair()[0]
+    question = json.loads(page.request.get(f"{hub.url}/api/v1/experts/{hub.username}/{name}").text())["examples"][1]
+    page.goto(hub.url)
+    page.get_by_label("Your question or input").fill(question)
+    page.get_by_role("button", name="Find the experts").click()
+    first = page.locator("ol.answer li").first
+    first.wait_for()
+    assert re.search(rf"{hub.username}/(journey-|page-)?{name}", first.inner_text())
+    page.screenshot(path=shots / "ask.png", full_page=True)
+    first.get_by_role("link").click()
+    assert "Example inputs" in page.locator("main").inner_text()
+    page.screenshot(path=shots / "expert.png", full_page=True)
+
+
+def test_the_question_box_works_without_scripts(chromium, hub: Hub):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(hub.url)
+    page.get_by_label("Your question or input").fill("My card was swallowed by the cash machine")
+    page.get_by_role("button", name="Find the experts").click()
+    assert page.locator("ol.answer li").count() >= 1
+    context.close()
+
+
+def test_upload_merge_and_download_through_the_pages(signed_in, hub: Hub, shots: Path, tmp_path: Path):
+    page = signed_in
+    names = []
+    for name in unlike_pair():
+        upload(page, hub, EXPERTS / name, f"page-{name}")
+        page.wait_for_url(f"{hub.url}/{hub.username}/page-{name}", timeout=60_000)
+        page.locator(".badge.ready").first.wait_for(timeout=120_000)
+        names.append(f"{hub.username}/page-{name}")
+    page.screenshot(path=shots / "uploaded.png", full_page=True)
+
+    page.goto(f"{hub.url}/merge?expert={names[0]}&expert={names[1]}")
+    for name, weight in zip(names, ("0.7", "0.3"), strict=True):
+        page.get_by_label(f"Weight of {name}").fill(weight)
+    page.locator("input[name=method][value=ties]").check()
+    page.screenshot(path=shots / "merge-form.png", full_page=True)
+    page.get_by_role("button", name="Merge", exact=True).click()
+    page.wait_for_url(re.compile(r"/merges/[0-9a-f]+$"))
+    page.locator(".badge.ready").first.wait_for(timeout=120_000)
+    page.screenshot(path=shots / "merge.png", full_page=True)
+    with page.expect_download() as waiting:
+        page.get_by_role("link", name="adapter_model.safetensors").click()
+    saved = tmp_path / "merged.safetensors"
+    waiting.value.save_as(saved)
+    from safetensors.numpy import load_file
+
+    assert any(key.endswith(".lora_A.weight") for key in load_file(saved))
+
+
+def test_files_are_dropped_on_the_page_and_a_bad_one_is_explained(signed_in, hub: Hub, shots: Path):
+    page = signed_in
+    page.goto(f"{hub.url}/upload")
+    files = tiny.adapter()
+    config = json.loads(files["adapter_config.json"]) | {"r": 7}
+    page.evaluate(
+        """([config, weights]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([config], "adapter_config.json"));
+            data.items.add(new File([Uint8Array.from(atob(weights), (sign) => sign.charCodeAt(0))], "adapter_model.safetensors"));
+            document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+        }""",
+        [json.dumps(config), __import__("base64").b64encode(files["adapter_model.safetensors"]).decode()],
+    )
+    page.locator("#list li").nth(1).wait_for()
+    page.locator("[name=name]").fill("wrong-rank")
+    page.locator("#send").click()
+    problem = page.locator("#problem .problem")
+    problem.wait_for()
+    page.screenshot(path=shots / "problem.png", full_page=True)
+    told = problem.inner_text()
+    assert "met" in told
+    assert "wanted" in told
+    assert page.request.get(f"{hub.url}/api/v1/experts/{hub.username}/wrong-rank").status == 404
+
+
+def test_the_own_sha256_of_the_uploader_is_right(page, hub: Hub):
+    page.goto(f"{hub.url}/docs")
+    for size in (0, 1, 55, 56, 63, 64, 65, 1000, 100_001):
+        data = bytes(place * 7 % 251 for place in range(size))
+        got = page.evaluate(
+            """async ([url, size]) => {
+                const { Hash } = await import(url);
+                const data = Uint8Array.from({ length: size }, (_, place) => (place * 7) % 251);
+                const hash = new Hash();
+                hash.update(data.subarray(0, size >> 1)); hash.update(data.subarray(size >> 1));
+                return hash.finish();
+            }""",
+            [f"{hub.url}/static/hub/sha256.js", size],
+        )
+        assert got == tiny.sha256(data), size
+
+
+def test_signing_out_and_making_a_key(signed_in, hub: Hub):
+    page = signed_in
+    page.goto(f"{hub.url}/settings")
+    page.get_by_label("Name of a new key").fill("from the page")
+    page.get_by_role("button", name="Make the key").click()
+    secret = page.locator("#secret").inner_text()
+    answer = page.request.get(f"{hub.url}/api/whoami-v2", headers={"Authorization": f"Bearer {secret}"})
+    assert answer.json()["name"] == hub.username
+    page.reload()
+    assert page.locator("#secret").count() == 0
+    page.get_by_role("button", name="Sign out").click()
+    page.goto(f"{hub.url}/upload")
+    assert "/login" in page.url
