@@ -43,10 +43,12 @@ class Ranking:
     """Hits, best first, and how they were found; `exhausted` when a greater depth and limit would find no others.
 
     `strategy` differs from the one asked for when that needs a query vector and there was none.
+    `min_score` is the strategy's threshold among as many experts as were asked.
     """
 
     hits: tuple[Hit, ...]
     strategy: Spec
+    min_score: float
     exhausted: bool
 
 
@@ -122,7 +124,8 @@ class State:
         exhausted = (allow is not None or all(depth >= len(part) for part in parts)) and (
             limit is None or len(hits) <= limit
         )
-        return Ranking(hits=tuple(hits[:limit]), strategy=chosen.SPEC, exhausted=exhausted)
+        min_score = chosen.SPEC.threshold(max((len(part) for part in parts), default=1))
+        return Ranking(hits=tuple(hits[:limit]), strategy=chosen.SPEC, min_score=min_score, exhausted=exhausted)
 
 
 def _hit(part: Partition, candidates: Candidates, place: int, score: float, spec: Spec) -> Hit:

@@ -122,7 +122,7 @@ class Router:
             answers.append(
                 {
                     "strategy": ranking.strategy.name,
-                    "min_score": ranking.strategy.min_score,
+                    "min_score": ranking.min_score,
                     "exhausted": ranking.exhausted,
                     "hits": [_hit(state, hit, explain=explain) for hit in ranking.hits],
                 }

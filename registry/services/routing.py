@@ -58,7 +58,8 @@ def route(
 ) -> dict[str, Any]:
     """The experts for a text, or for each of several: what `POST /api/v1/route` answers.
 
-    An answer is empty and `abstained` when its best score is below `min_score` (by default the strategy's own).
+    An answer is empty and `abstained` when its best score is below `min_score`; by default that is the strategy's own
+    threshold, .30 in a large catalogue and lower among few experts.
     `degraded` tells that words alone decided because the encoder is still loading; `embedding_model` is None then.
     Raises QueryInvalid, TooLarge, BaseUnknown, and IndexNotReady when the router is away or behind `min_seq`.
     """

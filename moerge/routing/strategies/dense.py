@@ -9,7 +9,8 @@ SPEC = Spec(
     name="dense",
     summary="Meaning alone: cosine with examples, description and centroid.",
     needs_vector=True,
-    min_score=0.30,
+    min_score=0.28,
+    relief=0.029,
     medium=0.45,
     high=0.65,
 )

@@ -10,6 +10,7 @@ SPEC = Spec(
     summary="Meaning (examples, description, centroid) and shared words in one score.",
     needs_vector=True,
     min_score=0.30,
+    relief=0.033,
     medium=0.40,
     high=0.60,
 )

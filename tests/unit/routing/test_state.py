@@ -149,6 +149,23 @@ def test_a_limit_keeps_the_best():
     assert state(*entries).rank(question(8), limit=4).hits == everything[:4]
 
 
+def test_the_threshold_is_that_of_the_largest_base_asked():
+    made = state(*crowd(3, base="base/a"), *crowd(40, base="base/b"))
+    spec = made.rank(question(1)).strategy
+    assert (
+        made.rank(question(1)).min_score == made.rank(question(1), base_model="base/b").min_score == spec.threshold(40)
+    )
+    assert made.rank(question(1), base_model="base/a").min_score == spec.threshold(3)
+    assert made.rank(question(1), base_model="base/none").min_score == spec.threshold(1)
+
+
+def test_a_ranking_says_whether_more_could_be_found():
+    made = state(*crowd(30, seed=1))
+    assert not made.rank(question(1), limit=29, depth=30).exhausted
+    assert made.rank(question(1), limit=30, depth=30).exhausted
+    assert not made.rank(question(1), depth=29).exhausted
+
+
 def test_an_unknown_strategy_is_refused_with_the_known_ones():
     with pytest.raises(QueryInvalid) as caught:
         state().rank(question(1), strategy="oracle")

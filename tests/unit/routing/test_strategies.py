@@ -43,6 +43,8 @@ def test_a_strategy_scores_no_candidates_without_complaint(name):
 def test_bands_are_in_order_and_include_their_lower_end(name):
     spec = routing.catalogue()[name].SPEC
     assert 0 < spec.min_score <= spec.medium < spec.high < 1
+    assert 0 <= spec.threshold(1) < spec.threshold(2) < spec.threshold(100) < spec.threshold(668)
+    assert spec.threshold(669) == spec.threshold(100_000) == spec.min_score
     assert spec.confidence(spec.high) == "high"
     assert spec.confidence(spec.high - 1e-9) == "medium"
     assert spec.confidence(spec.medium) == "medium"
@@ -53,3 +55,10 @@ def test_the_default_thresholds_are_those_measured():
     spec = routing.catalogue()["hybrid"].SPEC
     assert (spec.min_score, spec.medium, spec.high) == (0.30, 0.40, 0.60)
     assert [name for name, module in routing.catalogue().items() if not module.SPEC.needs_vector] == ["bm25"]
+
+
+def test_the_threshold_among_few_experts_equals_the_value_worked_out_by_hand():
+    # The highest idf is ln(1 + 6.5 / 1.5) = 1.6740 among 7 experts and ln(1 + 668.5 / 1.5) = 6.1019 among 669.
+    spec = routing.catalogue()["hybrid"].SPEC
+    assert spec.threshold(7) == pytest.approx(0.30 - 0.033 * (6.1019 - 1.6740), abs=6e-4)
+    assert spec.threshold(0) == spec.threshold(1)
