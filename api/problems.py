@@ -116,7 +116,3 @@ def faults(detail: Any, pointer: str = "") -> "list[Fault]":
             return [fault for place, part in enumerate(detail) for fault in faults(part, f"{pointer}/{place}")]
         return [Fault(pointer, None, str(message), "Correct this field.") for message in detail]
     return [Fault(pointer, None, str(detail), "Correct this field.")]
-
-
-def not_found(_request: object, exception: Exception | None = None) -> JsonResponse:  # noqa: ARG001 - Django's signature
-    return answer(NotFound("There is nothing at this address."))

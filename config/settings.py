@@ -16,7 +16,8 @@ HUB_BLOBS_DIR = env.path("HUB_BLOBS_DIR", HUB_HOME / "blobs")
 HUB_STAGING_DIR = env.path("HUB_STAGING_DIR", HUB_HOME / "staging")
 HUB_STORAGE = env.text("HUB_STORAGE", "local")
 HUB_DEBUG = env.flag("HUB_DEBUG", default=False)
-SECRET_KEY = env.text("HUB_SECRET_KEY", "development-only-not-secret")
+DEVELOPMENT_SECRET = "development-only-not-secret"  # noqa: S105 - known to all, and refused by the web process
+SECRET_KEY = env.text("HUB_SECRET_KEY", DEVELOPMENT_SECRET)
 DEBUG = HUB_DEBUG
 ALLOWED_HOSTS = env.listing("HUB_ALLOWED_HOSTS", "*")
 CSRF_TRUSTED_ORIGINS = env.listing("HUB_TRUSTED_ORIGINS")
@@ -30,7 +31,7 @@ HUB_SEED_KEY = env.text("HUB_SEED_KEY")
 
 # The router process
 HUB_ROUTER_URL = env.text("HUB_ROUTER_URL", "http://127.0.0.1:8100")
-HUB_ROUTER_SECRET = env.text("HUB_ROUTER_SECRET", "development-only-not-secret")
+HUB_ROUTER_SECRET = env.text("HUB_ROUTER_SECRET", DEVELOPMENT_SECRET)
 HUB_ROUTER_TIMEOUT_SECONDS = env.number("HUB_ROUTER_TIMEOUT_SECONDS", 10)
 
 # Limits of what is taken in

@@ -6,8 +6,8 @@ from django.urls import URLPattern, URLResolver, include, path
 
 from config import health
 
-handler404 = "frontend.views.common.not_found"
-handler500 = "frontend.views.common.broken"
+handler404 = "config.handlers.not_found"
+handler500 = "config.handlers.broken"
 
 urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", health.alive),

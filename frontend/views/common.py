@@ -7,7 +7,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 
 from moerge.errors import MoergeError
-from registry.errors import HubError, Invalid, NotFound
+from registry.errors import HubError, Invalid
 
 View = Callable[..., HttpResponse]
 
@@ -32,11 +32,3 @@ def problem(request: HttpRequest, error: HubError) -> HttpResponse:
     if error.retry_after_seconds is not None:
         response["Retry-After"] = str(error.retry_after_seconds)
     return response
-
-
-def not_found(request: HttpRequest, _exception: Exception | None = None) -> HttpResponse:
-    return problem(request, NotFound("There is no page at this address."))
-
-
-def broken(request: HttpRequest) -> HttpResponse:
-    return problem(request, HubError("An error of the hub; the log has it under this request id."))

@@ -1,0 +1,19 @@
+"""What is answered when no door knows the address, or a view broke: a problem for machines, a page for people."""
+
+from django.http import HttpRequest, HttpResponse
+
+from api import problems
+from frontend.views import common
+from registry.errors import HubError, NotFound
+
+
+def not_found(request: HttpRequest, _exception: Exception | None = None) -> HttpResponse:
+    return _answer(request, NotFound("There is nothing at this address."))
+
+
+def broken(request: HttpRequest) -> HttpResponse:
+    return _answer(request, HubError("An error of the hub; the log has it under this request id."))
+
+
+def _answer(request: HttpRequest, error: HubError) -> HttpResponse:
+    return problems.answer(error) if request.path.startswith("/api/") else common.problem(request, error)
