@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moerge import merging
-from moerge.errors import RecipeInvalid
+from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import engine, factors
 from moerge.merging.base import nearest
 from moerge.merging.engine import Settings
@@ -54,6 +54,8 @@ def merge(
         )
     checked = spec.parse(parameters or {})
     spec.check_weights(weights, checked)
+    for name, expert in zip(digests, experts, strict=True):
+        _check_finite(name, expert)
     sources = [Source(name, weight, tensors) for name, weight, tensors in zip(digests, weights, experts, strict=True)]
     merged = dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
     if rank is None:
@@ -63,6 +65,19 @@ def merge(
             name: factors.fit(delta, rank, name=name).factors if len(delta.shape) == 2 else delta
             for name, delta in merged.items()
         }
+
+
+def _check_finite(expert: str, tensors: Mapping[str, Given]) -> None:
+    for name, given in tensors.items():
+        parts = [given] if isinstance(given, np.ndarray) else [given.B, given.A]
+        if not all(np.isfinite(part).all() for part in parts):
+            raise ExpertsIncompatible(
+                f"Expert {expert} holds NaN or infinity in {name}.",
+                pointer="/experts",
+                met="a value that is not finite",
+                wanted="finite values",
+                remedy="Leave this expert out.",
+            )
 
 
 def digest(tensors: Mapping[str, Given]) -> str:

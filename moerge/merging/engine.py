@@ -22,8 +22,8 @@ from moerge.merging.sources import Block, Delta, Factors, Source, Stream, Watch,
 
 Array = npt.NDArray[Any]
 
-# Experts times values of one block: 4 MiB in float32, which stays in cache.
-_BLOCK_TOTAL = 1 << 20
+# Experts times values of one block: 2 MiB in float32, which stays in cache.
+_BLOCK_TOTAL = 1 << 19
 _BLOCK_SMALLEST = 1 << 16
 
 
@@ -166,12 +166,14 @@ def _element_wise(method: ElementWise, stream: Stream, parameters: Parameters) -
     stream.watch.expected = blocks * (1 + len(stream.sources)) if has_state else blocks
     state = method.prepare(stream, parameters) if has_state else None
     for name in stream.names:
+        dtypes = [delta_dtype(source.read(name)) for source in stream.sources if name in source.tensors]
+        merged = np.empty(stream.size(name), dtype=np.result_type(*dtypes))
 
-        def work(block: Block) -> Array:
-            return method.merge(block, state, parameters)
+        def work(block: Block, merged: Array = merged) -> None:
+            merged[block.offset : block.offset + block.values.shape[1]] = method.merge(block, state, parameters)
 
-        merged = [values for _, values in stream.over_blocks(name, work)]
-        yield name, np.concatenate(merged).reshape(stream.shapes[name])
+        stream.over_blocks(name, work)
+        yield name, merged.reshape(stream.shapes[name])
 
 
 def _sum(method: Linear, stream: Stream, name: str, parameters: Parameters) -> Delta:

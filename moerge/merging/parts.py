@@ -51,6 +51,14 @@ def weighted_total(values: Array, weights: Array) -> Array:
     return result
 
 
+def weight_of(mask: Mask, weights: Array) -> Array:
+    """Sum of the weights of the experts in a mask, (experts, values), (experts,) -> (values,) float64."""
+    result = np.zeros(mask.shape[1])
+    for row, weight in zip(mask, weights, strict=True):
+        result += row * float(weight)
+    return result
+
+
 def weigh(values: Array, weights: Array) -> Array:
     """Every expert times its weight, (experts, values), (experts,) -> (experts, values)."""
     return np.asarray(values * np.asarray(weights, dtype=values.dtype)[:, None])
@@ -69,7 +77,10 @@ def elect_signs(values: Array, *, by: Literal["total", "frequency"] = "total", z
 
 def agree(values: Array, signs: Array) -> Mask:
     """Where an expert has the elected sign; zeros never agree. (experts, values), (values,) -> (experts, values)."""
-    return np.asarray((values * signs[None, :]) > 0)
+    mask = np.empty(values.shape, dtype=np.bool_)
+    for row, found in zip(values, mask, strict=True):
+        np.greater(row * signs, 0, out=found)
+    return mask
 
 
 def divide(numerator: Array, divisor: Array) -> Array:

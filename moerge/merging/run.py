@@ -21,6 +21,8 @@ __all__ = ["Cancelled", "ModuleReport", "Report", "bytes_needed", "merge"]
 ENERGY_WANTED = 0.9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FIXED_BYTES = 64 << 20
+# A delta of larger norm cannot be formed in float32, in which it will be used.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ class _Modules(Mapping[str, LowRank]):
 
     def __contains__(self, name: object) -> bool:
         # Mapping's own would read the module to see whether it is there.
-        return any(name == known for known in self._modules)
+        return name in self._modules
 
 
 def _adapter(recipe: Recipe, position: int, adapters_by_digest: Mapping[str, Adapter]) -> Adapter:
@@ -220,16 +222,18 @@ def _check_memory(recipe: Recipe, found: list[Adapter], *, rank: int, memory_byt
 
 def _fit(recipe: Recipe, name: str, result: Delta, *, rank: int) -> factors.Truncated:
     """The merged delta of one module at the output rank."""
-    fitted = factors.fit(result, rank, name=name)
-    if not (math.isfinite(fitted.whole) and all(np.isfinite(part).all() for part in fitted.factors)):
-        raise ExpertsIncompatible(
-            f"The merge of {name} by {recipe.method} is not finite.",
-            pointer="/experts",
-            met="NaN or infinity",
-            wanted="finite values",
-            remedy="Use smaller weights or a smaller scale.",
-        )
-    return fitted
+    # LAPACK may not come back from a matrix that holds infinity, so values are looked at before it sees them.
+    if all(np.isfinite(part).all() for part in (result if isinstance(result, Factors) else [result])):
+        fitted = factors.fit(result, rank, name=name)
+        if math.sqrt(fitted.whole) < _LARGEST:
+            return fitted
+    raise ExpertsIncompatible(
+        f"The merge of {name} by {recipe.method} is not finite.",
+        pointer="/experts",
+        met="NaN or infinity",
+        wanted="finite values",
+        remedy="Use smaller weights or a smaller scale.",
+    )
 
 
 def _padded(found: Factors, rank: int) -> tuple[Any, Any]:

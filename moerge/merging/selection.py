@@ -19,8 +19,8 @@ Array = npt.NDArray[Any]
 Pieces = Callable[[], Iterator[tuple[int, Array]]]
 
 SAMPLE_VALUES = 1 << 18
-# Up to this many values the magnitudes are simply gathered: 16 MiB.
-DIRECT_VALUES = 1 << 22
+# Up to this many values the magnitudes are simply gathered: 8 MiB.
+DIRECT_VALUES = 1 << 21
 # Half-width of the bracket as a share of all values. A sample of 2^18 independent values would need a tenth of it; a
 # sample of rows and columns of a low-rank product is far from independent.
 BRACKET = 0.015

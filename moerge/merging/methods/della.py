@@ -52,7 +52,7 @@ def merge(block: Block, _state: None, parameters: Parameters) -> Array:
     if parameters.elect == "ties":
         agreeing = parts.agree(weighted, parts.elect_signs(weighted))
         weighted *= agreeing
-        divisor = parts.weighted_total(agreeing.astype(np.float64), block.weights)
+        divisor = parts.weight_of(agreeing, block.weights)
     merged = parts.total(weighted)
     if parameters.normalize:
         merged = parts.divide(merged, divisor.astype(merged.dtype))

@@ -75,7 +75,7 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
         values = values * state.selected[block.name][block.offset : block.offset + values.shape[1]]
     agreeing = parts.agree(values, parts.elect_signs(values))
     numerator = parts.weighted_total(values * agreeing, shares)
-    return parts.divide(numerator, parts.weighted_total(agreeing.astype(np.float64), shares))
+    return parts.divide(numerator, parts.weight_of(agreeing, shares))
 
 
 def _variance(block: Block) -> Array:

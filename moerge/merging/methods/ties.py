@@ -116,10 +116,10 @@ def _votes(trimmed: Array, weighted: Array, parameters: Parameters) -> Array:
 
 def _divisor(agreeing: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64], parameters: Parameters) -> Array:
     if parameters.variant != "mergekit":
-        return parts.total(agreeing.astype(np.float32))
+        return parts.weight_of(agreeing, np.ones(len(agreeing)))
     if not parameters.normalize:
         return np.ones(agreeing.shape[1])
-    return parts.weighted_total(agreeing.astype(np.float64), weights)
+    return parts.weight_of(agreeing, weights)
 
 
 def _majority(stream: Stream, found: selection.Cuts, parameters: Parameters) -> int:

@@ -315,3 +315,15 @@ def test_a_card_survives_json_and_says_what_a_form_needs(method):
     assert spec.summary.endswith(".")
     assert spec.paper
     assert all(item.help.endswith(".") for item in spec.parameters)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused_by_expert_and_tensor(bad):
+    experts = builders.dense(2)
+    experts[1]["layer.weight"][2, 3] = bad
+    with pytest.raises(ExpertsIncompatible, match=r"b holds NaN or infinity in layer\.weight"):
+        merge("linear", experts)
+    factors = builders.low_rank(2)
+    factors[0]["q"].A[0, 0] = bad
+    with pytest.raises(ExpertsIncompatible, match="a holds NaN or infinity in q"):
+        merge("cat", factors)
