@@ -60,8 +60,8 @@ def validate_yaml(request: HttpRequest, _caller: Caller) -> HttpResponseBase:
 
 @endpoint("GET", "HEAD")
 def agent_harnesses(_request: HttpRequest, _caller: Caller) -> HttpResponseBase:
-    """Asked by every client process; the hub knows of none."""
-    return JsonResponse([], safe=False)
+    """Asked by every client process, to tell programs from people in its user agent; the hub does not want to know."""
+    return JsonResponse({"standardEnvVars": [], "harnesses": {}})
 
 
 @endpoint("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH")

@@ -380,7 +380,7 @@ def test_a_card_is_checked_as_yaml(ada):
 
 
 def test_small_questions_of_clients_are_answered(ada):
-    assert hf.Caller().get("/api/agent-harnesses").json() == []
+    assert hf.Caller().get("/api/agent-harnesses").json() == {"standardEnvVars": [], "harnesses": {}}
 
 
 def test_a_body_that_is_too_long_or_no_object_is_refused(ada, settings):

@@ -73,7 +73,7 @@ def test_a_hidden_repository_answers_exactly_as_an_absent_one(secret, who, metho
     if hidden.status_code == 404:
         assert hidden["X-Error-Code"] == "RepoNotFound"
     assert "X-Repo-Commit" not in hidden
-    assert "ada" not in hidden.content.decode()
+    assert "ada" not in outcome(hidden)[1]
 
 
 @pytest.mark.parametrize(("method", "path"), READS)
