@@ -5,6 +5,7 @@ Runs on the interpreter that a script found, before anything is installed, so it
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -176,7 +177,12 @@ def _install_torch(install: Sequence[str]) -> None:
     if _uses_uv(install):
         ways.append([*install, "--torch-backend", "cpu", pin])
     # A closed network is given up quickly here; the later installation has the usual patience.
-    hurry = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_CONNECT_TIMEOUT": "5", "UV_HTTP_RETRIES": "0", "PIP_RETRIES": "0"}
+    hurry = _network() | {
+        "UV_HTTP_TIMEOUT": "5",
+        "UV_HTTP_CONNECT_TIMEOUT": "5",
+        "UV_HTTP_RETRIES": "0",
+        "PIP_RETRIES": "0",
+    }
     for way in ways:
         if _works([*way, "--dry-run", "--no-deps"], hurry, seconds=PROBE_SECONDS):
             _tell("installing torch for the CPU")
@@ -188,22 +194,36 @@ def _install_torch(install: Sequence[str]) -> None:
 
 def _find_links() -> list[str]:
     """Where pip was told to look for files; uv reads neither pip's settings nor its environment."""
-    configured = os.environ.get("PIP_FIND_LINKS") or _pip_setting("global.find-links")
+    configured = os.environ.get("PIP_FIND_LINKS") or _pip_setting("find-links")
     return [part for place in configured.split() for part in ("--find-links", place)]
 
 
 def _pip_setting(name: str) -> str:
-    done = subprocess.run(
-        [str(PYTHON), "-m", "pip", "config", "get", name], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
+    """A setting of pip for installing or for all commands, in whichever of its files; empty when there is none."""
+    for section in ("install", "global"):
+        command = [str(PYTHON), "-m", "pip", "config", "get", f"{section}.{name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return ""
+
+
+@functools.cache
+def _network() -> dict[str, str]:
+    """What uv must be told: it reads neither pip's settings nor, unless asked, the system's certificates."""
+    told = {"UV_SYSTEM_CERTS": "1"}
+    certificate = os.environ.get("PIP_CERT") or _pip_setting("cert")
+    if certificate and "SSL_CERT_FILE" not in os.environ:
+        told["SSL_CERT_FILE"] = certificate
+    index = os.environ.get("PIP_INDEX_URL") or _pip_setting("index-url")
+    if index and "UV_DEFAULT_INDEX" not in os.environ:
+        told["UV_DEFAULT_INDEX"] = index
+    return told
 
 
 def _call(argv: Sequence[str], *, what: str) -> None:
     """Run an installation, its output on stderr; a failure names the requirement and keeps the tool's own words."""
-    environment = dict(os.environ)
-    if certificate := os.environ.get("PIP_CERT"):
-        environment.setdefault("SSL_CERT_FILE", certificate)
+    environment = {**os.environ, **_network()}
     if subprocess.run(list(argv), env=environment, stdout=sys.stderr, check=False).returncode:
         raise InstallError(f"{what} could not be installed; the reason stands above. Run the same command again.")
 
