@@ -13,7 +13,8 @@ urlpatterns: list[URLPattern | URLResolver] = [
     path("healthz", health.alive),
     path("readyz", health.ready),
     path("metrics", health.metrics),
-    path("admin/", admin.site.urls),
+    # Not below /admin: that is where the experts of the first administrator are.
+    path("administration/", admin.site.urls),
     path("", include("api.urls")),
     path("", include("frontend.urls")),
 ]

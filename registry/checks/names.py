@@ -12,7 +12,8 @@ BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,~-]{0,126}")
 # First path segments of the site, of the Hub protocol, and words that pages to come may want.
 RESERVED_OWNERS = frozenset(
     """
-    about abuse account accounts admin administrator all anonymous api app apps ask assets auth badge badges base
+    about abuse account accounts admin administration administrator all anonymous api app apps ask assets auth badge
+    badges base
     bases blob blobs blog branch bucket buckets by-hash catalog catalogue cdn chat collection collections commit
     commits compare contact cookies crossdomain dashboard dataset datasets docs download downloads email error
     errors evaluation evaluations experts explore export faq favicon favicon.ico feed feedback file files gist guest

@@ -23,7 +23,7 @@ SEGMENTS = sorted(set(first_segments(get_resolver().url_patterns)))
 
 
 def test_the_url_conf_has_routes_to_look_at():
-    assert {"api", "admin", "healthz", "readyz", "metrics"} <= set(SEGMENTS)
+    assert {"api", "administration", "healthz", "readyz", "metrics"} <= set(SEGMENTS)
 
 
 @pytest.mark.parametrize("segment", [*SEGMENTS, "static", "merges"])
