@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moerge.embedding import DIMENSION
-from moerge.routing import cards
+from moerge.routing import cards, catalogue
 from moerge.routing.base import Query
 from moerge.routing.cards import Card, Entry
 from moerge.routing.state import Hit, State
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distractors", type=Path, help="cards that no query points at, JSON lines")
     parser.add_argument("--queries", type=Path, required=True, help="queries with their gold expert, JSON lines")
     parser.add_argument("--predictions", type=Path, help="write one ranking per query here, JSON lines")
-    parser.add_argument("--strategy", default="hybrid", help="route strategy (default: hybrid)")
+    parser.add_argument("--strategy", default="hybrid", choices=sorted(catalogue()), help="default: hybrid")
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     # The import takes 10 s, which `bin/bench --list` should not cost.
     from moerge.embedding import encoder as encoder_module  # noqa: PLC0415
 
-    records = _lines(arguments.experts) + (_lines(arguments.distractors) if arguments.distractors else [])
+    records = _lines(arguments.experts, needed=("id", "name"))
+    records += _lines(arguments.distractors, needed=("id", "name")) if arguments.distractors else []
     near = {record["id"]: set(record.get("near", [])) for record in records}
     questions = [
         Question(id=record.get("id", row), text=record["q"], gold=record.get("gold"), suite=record.get("suite", "all"))
-        for row, record in enumerate(_lines(arguments.queries))
+        for row, record in enumerate(_lines(arguments.queries, needed=("q",)))
     ]
+    if not any(question.gold for question in questions):
+        raise ValueError(f"{arguments.queries}: no query has a gold expert")
     encoder = encoder_module.load(cache_count=0)
     _say(f"encoding {len(records)} cards")
     state = State(encoder_id=encoder.id, dimension=DIMENSION).changed(
@@ -180,9 +183,19 @@ def row(name: str, value: float, unit: str, *, target: float | None = None) -> d
     }
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises ValueError where one is none, or lacks a field."""
+    records = []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            record = json.loads(line)
+            missing = [name for name in needed if not isinstance(record, dict) or name not in record]
+            if missing:
+                raise ValueError(f"{path}, line {number}: no field {missing[0]!r}")
+            records.append(record)
+    return records
 
 
 def _say(text: str) -> None:

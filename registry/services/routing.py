@@ -5,7 +5,7 @@ anybody sees it, so that hiding or deleting an expert counts from that moment on
 routers by a log under one clock (RoutingChange, RoutingClock).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,6 +168,21 @@ def changed(expert: Expert) -> int | None:
         return None
     # Until the new words have vectors, the old ones stand under the new name.
     return _log(expert, revision=stored.revision, card={**stored.card, "expert": expert.full_name})
+
+
+def rebuild() -> Iterator[str]:
+    """Embed what has no vectors by the present encoder, publish all that can be routed, withdraw all that cannot.
+
+    Gives the name of each expert when it is done. Raises IndexNotReady while the router cannot encode.
+    """
+    alive = selectors.routable().select_related("expert__namespace", "base_model")
+    for revision in alive.exclude(base_model=None).order_by("pk"):
+        embed(revision)
+        publish_to_index(revision)
+        yield str(revision.expert)
+    gone = Q(expert__deleted_at__isnull=False) | Q(expert__yanked_at__isnull=False)
+    for change in RoutingChange.objects.filter(gone, operation=RoutingChange.Operation.PUT).select_related("expert"):
+        withdraw(change.expert)
 
 
 def card_of(expert: Expert, revision: Revision) -> cards.Card:

@@ -234,6 +234,22 @@ def answer_of(text):
     return routing.route(viewer=None, text=text, min_score=0)
 
 
+@db
+def test_a_rebuild_publishes_what_can_be_routed_and_withdraws_what_cannot(router):
+    from django.core.management import call_command
+
+    kept, lost, gone = published("ann/kept", "x", "y"), published("ann/lost", "z"), published("ann/gone", "w")
+    bare = expert("ann/bare", "v")
+    Revision.objects.filter(pk=bare.pk).update(base_model=None)
+    Embedding.objects.filter(revision=lost).update(encoder="an older one")
+    RoutingChange.objects.filter(expert=kept.expert).delete()
+    Expert.objects.filter(pk=gone.expert_id).update(yanked_at="2026-01-01T00:00:00Z")
+    call_command("rebuild_index")
+    router.refresh()
+    assert known(router) == {"ann/kept": kept.pk, "ann/lost": lost.pk}
+    assert [line[1:] for line in log()] == [("put", "ann/kept"), ("put", "ann/lost"), ("remove", "ann/gone")]
+
+
 # Following
 
 

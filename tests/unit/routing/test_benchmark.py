@@ -84,3 +84,17 @@ def test_a_whole_run_ranks_three_cards_and_writes_its_predictions(tmp_path):
     assert written[0]["ranked"][0] == "travel"
     assert sorted(written[1]["ranked"]) == ["bank", "kitchen", "travel"]
     assert written[1]["scores"] == sorted(written[1]["scores"], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("queries", "complaint"),
+    [('{"text": "x"}', "line 1: no field 'q'"), ("[1]", "no field 'q'"), ('{"q": "x"}', "no query has a gold")],
+)
+def test_files_of_another_shape_are_refused_with_their_line(tmp_path, queries, complaint):
+    for name, text in (("experts", '{"id": "a", "name": "a"}'), ("queries", queries)):
+        (tmp_path / name).write_text(text)
+    parser = argparse.ArgumentParser()
+    routing.add_arguments(parser)
+    arguments = parser.parse_args(["--experts", str(tmp_path / "experts"), "--queries", str(tmp_path / "queries")])
+    with pytest.raises(ValueError, match=complaint):
+        routing.run(arguments)
