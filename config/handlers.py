@@ -7,7 +7,7 @@ from frontend.views import common
 from registry.errors import HubError, NotFound
 
 
-def not_found(request: HttpRequest, _exception: Exception | None = None) -> HttpResponse:
+def not_found(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:  # noqa: ARG001 - named by Django
     return _answer(request, NotFound("There is nothing at this address."))
 
 

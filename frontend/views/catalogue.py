@@ -1,5 +1,7 @@
 """Looking for experts and at one of them."""
 
+from contextlib import closing
+
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.db.models import Count
@@ -100,7 +102,8 @@ def card_body(revision: Revision | None) -> str:
         file = selectors.file(revision, "README.md")
     except FileNotFound:
         return ""
-    text = b"".join(downloads.open(file)).decode(errors="replace")
+    with closing(downloads.open(file)) as stored:
+        text = b"".join(stored).decode(errors="replace")
     if text.startswith("---\n"):
         _, _, rest = text[4:].partition("\n---")
         return rest.lstrip("-").lstrip()
