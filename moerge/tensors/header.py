@@ -112,7 +112,7 @@ def parse(head: bytes, file_size: int, limits: Limits = Limits()) -> Header:
         raise _invalid("The header is not a JSON object", met=_shown(text[:16]), wanted="{ as its first byte")
     try:
         # Each tensor is one member of the top level and has three of its own.
-        members = strict.loads(text, max_keys=4 * limits.tensor_count + 100_000, max_depth=4)
+        members = strict.loads(text, max_keys=4 * limits.tensor_count + 100_000)
     except strict.Malformed as error:
         rule = "T2" if error.pointer else "T3"
         raise _invalid(f"The header is not strict JSON: {error}", pointer=error.pointer, met=str(error),
@@ -187,7 +187,7 @@ def _metadata(claim: Any, limits: Limits) -> dict[str, str]:
 def _tensor(name: str, claim: Any, limits: Limits) -> TensorInfo:
     if not re.fullmatch(limits.name_pattern, name) or len(name) > limits.name_bytes:
         shown = _shown(name.encode()[:80])
-        raise _invalid("A tensor name is not allowed", pointer=name[: limits.name_bytes], met=shown,
+        raise _invalid("A tensor name is not allowed", pointer=_shown(name.encode())[:512], met=shown,
                        wanted=f"1 to {limits.name_bytes} characters of A-Z a-z 0-9 _ . -", rule="T2")  # fmt: skip
     if not isinstance(claim, dict) or claim.keys() != {"dtype", "shape", "data_offsets"}:
         met = sorted(claim) if isinstance(claim, dict) else type(claim).__name__

@@ -120,7 +120,8 @@ class Kind:
     `endings` maps what follows `base_model.model.<module>.` in a tensor's name to the tensor's role; a kind whose
     files are only kept has `markers` instead, beginnings of a part of the name. `blockers` says why deltas cannot be
     formed; `check` looks for what is wrong with the tensors of each module and returns what it found; `low_rank`
-    forms the delta of one module. `zero_endings` end the names of tensors that training moves away from zero.
+    forms the delta of one module. `extras` tells whether the config explains a tensor without a role. `zero_endings`
+    end the names of tensors that training moves away from zero.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Kind:
     blockers: Callable[[AdapterConfig, Header], tuple[Blocker, ...]]
     check: Callable[[AdapterConfig, Roles, Targets], dict[str, ModuleFacts]] | None = None
     low_rank: Callable[[SafetensorsFile, Tensors, ModuleFacts], LowRank] | None = None
+    extras: Callable[[AdapterConfig, str], bool] | None = None
     zero_endings: tuple[str, ...] = ()
 
 

@@ -28,13 +28,13 @@ Program = list[Instruction]
 class Budget:
     """Steps that matching the patterns of one config may take together; the default is about a second's worth."""
 
-    def __init__(self, steps: int = 400_000) -> None:
-        self._left = steps
+    def __init__(self, steps: int = 250_000) -> None:
+        self.left = steps
 
     def spend(self, steps: int) -> None:
         """Take steps away; raises ConfigInvalid when none are left."""
-        self._left -= steps
-        if self._left < 0:
+        self.left -= steps
+        if self.left < 0:
             raise ConfigInvalid(
                 "The patterns in adapter_config.json take too long to match.", pointer="/target_modules", rule="J3",
                 met="more steps than allowed", wanted="patterns that are decided quickly", remedy=_LIST_NAMES,
@@ -58,17 +58,19 @@ def matches(pattern: str, text: str, budget: Budget, *, whole: bool, pointer: st
 class KeyTable:
     """The keys of a rank_pattern or alpha_pattern, asked for the one that fits a module.
 
-    PEFT writes one plain name per module there when ranks were redistributed, so names are looked up by their length
-    instead of being tried one by one.
+    PEFT writes one plain name per module there when ranks were redistributed, so plain names are looked up instead of
+    being tried one by one. A dot in a name stands for any character, as in `re`; so names lie in one dict per set of
+    dot positions, and a module's name is looked up with dots put there.
     """
 
     def __init__(self, keys: Collection[str], *, pointer: str) -> None:
         self._pointer = pointer
         self._expressions: list[tuple[int, str]] = []
-        self._names: dict[int, list[tuple[int, str]]] = {}
+        self._names: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
         for index, key in enumerate(keys):
             if PLAIN.fullmatch(key):
-                self._names.setdefault(len(key), []).append((index, key))
+                dots = tuple(at for at, character in enumerate(key) if character == ".")
+                self._names.setdefault(len(key), {}).setdefault(dots, {})[key] = index
             else:
                 self._expressions.append((index, rf"(.*\.)?({key})$"))
         self._keys = list(keys)
@@ -77,9 +79,9 @@ class KeyTable:
         """The first key that matches the module's name or its last parts, else the name itself (PEFT's own rule)."""
         first = len(self._keys)
         for tail in _tails(module):
-            bucket = self._names.get(len(tail), ())
-            budget.spend(len(bucket) // 8)
-            first = min(first, next((index for index, key in bucket if _plain(key, tail)), first))
+            for dots, names in self._names.get(len(tail), {}).items():
+                budget.spend(1)
+                first = min(first, names.get(_dotted(tail, dots), first))
         for index, expression in self._expressions:
             if index > first:
                 break
@@ -95,6 +97,13 @@ def _tails(module: str) -> Iterable[str]:
     while start >= 0:
         yield module[start + 1 :]
         start = module.find(".", start + 1)
+
+
+def _dotted(text: str, positions: tuple[int, ...]) -> str:
+    characters = list(text)
+    for position in positions:
+        characters[position] = "."
+    return "".join(characters)
 
 
 def _plain(pattern: str, text: str) -> bool:

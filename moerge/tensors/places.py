@@ -45,7 +45,7 @@ def sort(kind: Kind, config: AdapterConfig, targets: Targets, header: Header) ->
                 raise invalid("A module has the same tensor twice", pointer=name, met=tensors[role].name, wanted="one",
                               remedy=_SAVE_AGAIN)  # fmt: skip
             tensors[role] = info
-        elif _is_marked(kind, name):
+        elif _is_marked(kind, name) or (kind.extras is not None and kind.extras(config, name)):
             places.loose.append(name)
         elif not name.startswith(PREFIX):
             raise _homeless(kind, name, f"a name that starts with {PREFIX}")

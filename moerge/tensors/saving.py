@@ -11,6 +11,7 @@ import numpy.typing as npt
 from moerge.tensors import files
 from moerge.tensors.files import Array, Float32
 from moerge.tensors.kind import PREFIX, Layout, invalid
+from moerge.tensors.targets import of_base
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +54,12 @@ def save_lora(
         for ending, factor in zip(names, factors, strict=True):
             name = f"{PREFIX}{module}.{ending}"
             tensors[name] = _stored(name, factor, dtype)
-    config = {**(extra or {}), **_config(sorted(modules), rank, base_model=base_model, fan_in_fan_out=fan_in_fan_out)}
+    config = {
+        **(extra or {}),
+        **_config(
+            sorted({of_base(module) for module in modules}), rank, base_model=base_model, fan_in_fan_out=fan_in_fan_out
+        ),
+    }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / WEIGHTS, tensors, {"format": "pt"})

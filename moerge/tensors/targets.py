@@ -12,6 +12,11 @@ from moerge.tensors.patterns import Budget, KeyTable
 _ALL_LINEAR = "all-linear"
 
 
+def of_base(module: str) -> str:
+    """The module of the base model that PEFT wrapped: in nn.MultiheadAttention, LoRA's name goes on inside it."""
+    return module.partition(".base_layer")[0]
+
+
 class Targets:
     """Answers for the modules of one config; all questions together spend one budget."""
 
@@ -24,17 +29,18 @@ class Targets:
 
     def rank(self, module: str) -> int:
         """The rank the config gives a module: the first matching rank_pattern, else r."""
-        key = self._ranks.key_for(module, self._budget)
+        key = self._ranks.key_for(of_base(module), self._budget)
         return self._config.rank_pattern.get(key, self._config.r)
 
     def alpha(self, module: str) -> float:
         """The alpha the config gives a module: the first matching alpha_pattern, else lora_alpha."""
-        key = self._alphas.key_for(module, self._budget)
+        key = self._alphas.key_for(of_base(module), self._budget)
         return self._config.alpha_pattern.get(key, self._config.lora_alpha)
 
     def is_target(self, module: str) -> bool:
         """Whether PEFT would put an adapter on the module. True where only the base model could tell."""
         config = self._config
+        module = of_base(module)
         if self._is_excluded(module):
             return False
         targets = config.target_modules

@@ -67,6 +67,12 @@ FIELDS: Mapping[str, str] = {
     "arrow_config": "it mixes other adapters per token",
     "kasa_config": "the base loses its smallest singular values first (arXiv 2412.06071)",
 }
+_VARIANT_TENSORS = {
+    "kasa_config": "lora_diag",
+    "velora_config": "lora_velora_",
+    "monteclora_config": "lora_monteclora_",
+    "arrow_config": "lora_arrow",
+}
 # These initialisations subtract the first B @ A from the base (PiSSA arXiv 2404.02948, OLoRA 2406.01775, CorDA
 # 2406.05223, LoRA-GA 2407.05000) or quantise it (LoftQ 2310.08659), so that the adapter is a delta to another base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -101,8 +107,6 @@ def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, Mo
         return {}
     facts = {}
     for module, tensors in roles.items():
-        if tensors.keys() <= {"variant"}:
-            continue
         _check_roles(config, module, tensors)
         a, b = tensors.get("A") or tensors["embedding_A"], tensors.get("B") or tensors["embedding_B"]
         rank = targets.rank(module)
@@ -130,6 +134,13 @@ def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, Mo
             layout=layout,
         )
     return facts
+
+
+def extras(config: AdapterConfig, name: str) -> bool:
+    """Whether a tensor beside A and B belongs to a variant that the config names."""
+    return any(
+        f".{beginning}" in name and config.raw.get(field) is not None for field, beginning in _VARIANT_TENSORS.items()
+    )
 
 
 def low_rank(file: SafetensorsFile, tensors: Tensors, facts: ModuleFacts) -> LowRank:
@@ -197,5 +208,6 @@ SPEC = Kind(
     blockers=blockers,
     check=check,
     low_rank=low_rank,
+    extras=extras,
     zero_endings=(".lora_B.weight", ".lora_embedding_A"),
 )
