@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moerge.compression import reader
 from moerge.errors import MoergeError
 from moerge.tensors import adapters, header
 from moerge.tensors import files as tensor_files
@@ -40,11 +41,17 @@ def examine(config: AdapterConfig, weights: Path, *, limits: header.Limits) -> E
 def scan(path: str, weights: Path, *, limits: header.Limits) -> tuple[str, ...]:
     """Every value of a weights file for NaN and infinity, after a second reader has agreed on its header.
 
+    An encoded file is held against the rules of its format instead.
+
     Returns warnings. Raises UploadInvalid.
     """
     found = files.read_header(path, weights, limits=limits)
     try:
         tensor_files.check_agreement(weights, found)
+        if files.is_encoded(path):
+            with reader.open_encoded(weights) as encoded:
+                encoded.verify()
+            return ()
         return tuple(adapters.scan_finite(weights, found))
     except MoergeError as error:
         raise files.translated(error, path) from error

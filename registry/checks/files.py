@@ -6,7 +6,7 @@ archive is ever unpacked.
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -144,6 +144,18 @@ def is_weights(path: str) -> bool:
     return path.casefold().endswith(".safetensors")
 
 
+def is_encoded(path: str) -> bool:
+    """Whether a file holds the compressed form of an adapter, which has rules of its own."""
+    return path.casefold().endswith(".compeft.safetensors")
+
+
+def limits_of(path: str, limits: header.Limits) -> header.Limits:
+    """What the header of this file may claim: encoded files hold bytes and positions beside floats."""
+    if not is_encoded(path):
+        return limits
+    return replace(header.COMPEFT, header_bytes=limits.header_bytes, tensor_count=limits.tensor_count)
+
+
 def check_size(path: str, size_bytes: int, rule: Rule, *, pointer: str) -> None:
     """Raises TooLarge when a file of this kind may not have that size."""
     if size_bytes > rule.limit_bytes:
@@ -170,7 +182,7 @@ def check_start(path: str, first: bytes, size_bytes: int, rule: Rule, limits: he
     if rule.kind is not Kind.WEIGHTS or len(first) < 8:
         return 0
     try:
-        return header.claimed_bytes(first[:8], size_bytes, limits)
+        return header.claimed_bytes(first[:8], size_bytes, limits_of(path, limits))
     except MoergeError as error:
         raise translated(error, path) from error
 
@@ -195,6 +207,7 @@ def check_content(path: str, file: Path, rule: Rule, *, limits: header.Limits) -
 
 def read_header(path: str, file: Path, *, limits: header.Limits, size_bytes: int | None = None) -> header.Header:
     """The header of a weights file; `size_bytes` when the rest of it is still to come. Raises UploadInvalid."""
+    limits = limits_of(path, limits)
     try:
         if size_bytes is None:
             return header.read(file, limits)

@@ -35,7 +35,7 @@ from registry.errors import (
     UploadNotFound,
 )
 from registry.models import Blob, Revision, Upload, UploadFile, User
-from registry.services import blobs, experts, revisions
+from registry.services import blobs, experts, plans, revisions
 from registry.services.blobs import Staged
 from registry.services.limits import header_limits
 
@@ -96,7 +96,7 @@ def start(
     wanted = [claim for claim in claims if not files.leftover(claim.path)]
     _check_claims(claims, wanted)
     total = sum(claim.size_bytes for claim in wanted)
-    revisions.check_quota(namespace, total)
+    plans.check_quota(namespace, total)
     if total > blobs.free_bytes():
         raise StorageUnavailable("The hub has no room for these files.", retry_after_seconds=60)
     known = {claim.path: blob for claim in wanted if (blob := _readable(user, claim)) is not None}
@@ -210,22 +210,29 @@ def complete(
     Raises UploadNotFound, UploadInvalid for missing bytes, and what `revisions.commit` raises; the files stay then, so
     that an answer can be given without sending them again.
     """
-    with _locked(_folder() / f"upload-{find(user=user, upload_id=upload_id).pk}.lock"):
+    upload = find(user=user, upload_id=upload_id)
+    if not _is_completed(upload):
+        with _locked(_folder() / f"upload-{upload.pk}.lock"):
+            upload = find(user=user, upload_id=upload_id)
+            if not _is_completed(upload):
+                _complete(_open(user, upload_id), user=user, card=card or {}, message=message)
         upload = find(user=user, upload_id=upload_id)
-        if upload.state == Upload.State.COMPLETED and upload.revision is not None:
-            return upload, upload.revision
-        revision = _complete(_open(user, upload_id), user=user, card=card or {}, message=message)
-    return find(user=user, upload_id=upload_id), revision
+    assert upload.revision is not None
+    return upload, upload.revision
 
 
-def _complete(upload: Upload, *, user: User, card: Mapping[str, Any], message: str) -> Revision:
+def _is_completed(upload: Upload) -> bool:
+    return upload.state == Upload.State.COMPLETED and upload.revision is not None
+
+
+def _complete(upload: Upload, *, user: User, card: Mapping[str, Any], message: str) -> None:
     given = {**upload.card, **cards.overrides(card)}
     rows = list(upload.files.select_related("blob", "upload"))
     _check_all_here(rows)
     expert = experts.find(upload.expert_name)
     sources = {row.path: row.blob or _staged(row) for row in rows}
     try:
-        revision = revisions.commit(
+        revisions.commit(
             user=user,
             expert=expert or revisions.New(upload.expert_name, is_private=upload.is_private),
             changes=revisions.Changes(sources),
@@ -239,7 +246,6 @@ def _complete(upload: Upload, *, user: User, card: Mapping[str, Any], message: s
             if isinstance(source, Staged):
                 source.discard()
     _forget(upload, rows)
-    return revision
 
 
 def abort(*, user: User, upload_id: str) -> None:

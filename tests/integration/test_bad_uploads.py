@@ -382,3 +382,17 @@ def test_front_matter_that_breaks_a_rule_is_refused_with_its_place(sender, front
     problem = refused(sender, {**tiny.adapter(), "README.md": f"---\n{front}\n---\n".encode()})
     assert problem["status"] == 422
     assert problem["errors"][0]["pointer"] == pointer
+
+
+def test_an_encoded_file_is_taken_and_held_against_the_rules_of_its_format(sender, tmp_path):
+    from moerge.compression.codecs import compeft
+
+    data = compeft.encode(tiny.tensors(), {})
+    name = "adapter_model.compeft.safetensors"
+    assert sender.send("ada/tea", {**tiny.adapter(), name: data}).status_code == 200
+    turned = bytearray(data)
+    turned[-1] ^= 1
+    problem = refused(sender, {name: bytes(turned)})
+    assert problem["errors"][0]["pointer"].startswith(f"/{name}")
+    assert problem["errors"][0]["rule"].startswith("C")
+    assert refused(sender, {"adapter_model.safetensors": data})["errors"][0]["rule"] == "T2"

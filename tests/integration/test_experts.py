@@ -4,7 +4,7 @@ import pytest
 
 from registry import selectors
 from registry.errors import Conflict, ExpertNotFound, NameInvalid, NameTaken, NotAllowed
-from registry.models import AuditEvent, Expert, Merge, MergeParent, Recipe, Ref
+from registry.models import AuditEvent, Expert, Membership, Merge, MergeParent, Recipe, Ref
 from registry.services import accounts, experts
 from tests import factories
 
@@ -44,12 +44,18 @@ def test_reserved_owner_names_and_their_look_alikes_are_refused(name):
         accounts.create_user(name=name, password=factories.PASSWORD)
 
 
-def test_only_members_with_a_writing_role_publish():
-    factories.user("ada")
+@pytest.mark.parametrize(("role", "may"), [(None, False), ("reader", False), ("writer", True), ("owner", True)])
+def test_only_members_with_a_writing_role_publish(role, may):
+    namespace = factories.user("ada").namespaces.get()
     other = factories.user("bob")
-    with pytest.raises(NotAllowed):
-        experts.create(user=other, full_name="ada/tea")
-    assert Expert.objects.count() == 0
+    if role:
+        Membership.objects.create(namespace=namespace, user=other, role=role)
+    if may:
+        assert experts.create(user=other, full_name="ADA/tea").full_name == "ada/tea"
+    else:
+        with pytest.raises(NotAllowed):
+            experts.create(user=other, full_name="ada/tea")
+        assert Expert.objects.count() == 0
 
 
 def test_a_private_expert_is_seen_by_its_owner_and_the_administrator_alone():

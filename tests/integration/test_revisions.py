@@ -2,9 +2,11 @@
 
 import re
 import threading
+from datetime import timedelta
 
 import pytest
 from django.db import connection
+from django.utils import timezone
 
 from registry import jobs, selectors
 from registry.errors import (
@@ -13,11 +15,13 @@ from registry.errors import (
     NameTaken,
     NotAllowed,
     ParentStale,
+    QuotaExceeded,
     RevisionNotFound,
+    TooLarge,
     UploadInvalid,
 )
-from registry.models import AuditEvent, Expert, File, Job, Ref, Revision
-from registry.services import bases, experts, revisions
+from registry.models import AuditEvent, Blob, Expert, File, Job, Ref, Revision
+from registry.services import bases, blobs, experts, revisions
 from tests import factories, tiny
 from tests.senders import counts
 
@@ -314,6 +318,63 @@ def test_a_rolled_back_commit_sends_nothing_and_a_committed_one_sends_its_first_
         assert sent == []
     assert sent == ["check"]
     assert len(callbacks) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "pointer"),
+    [({"Notes.md": b"x"}, "/notes.md"), ({"notes.md/x.md": b"x"}, "/notes.md~1x.md")],
+)
+def test_a_tree_that_some_systems_cannot_hold_is_refused(owner, expert, files, pointer):
+    commit(owner, expert, {"notes.md": b"n"})
+    with pytest.raises(UploadInvalid) as refusal:
+        commit(owner, expert, files)
+    assert refusal.value.faults[0].pointer == pointer
+
+
+def test_limits_hold_for_the_whole_tree_and_not_only_for_what_is_new(owner, expert, settings):
+    commit(owner, expert, {"a.md": b"x" * 60, "b.md": b"y" * 30})
+    settings.HUB_UPLOAD_MAX_BYTES = 100
+    commit(owner, expert, {"c.md": b"z" * 10})
+    with pytest.raises(TooLarge) as refusal:
+        commit(owner, expert, {"d.md": b"!"})
+    assert (refusal.value.faults[0].met, refusal.value.faults[0].wanted) == (101, "at most 100 bytes")
+    commit(owner, expert, {"d.md": b"!"}, deleted=("c.md",))
+    settings.HUB_UPLOAD_MAX_FILES = 3
+    with pytest.raises(TooLarge):
+        commit(owner, expert, {"e.md": b""})
+
+
+def test_the_quota_counts_bytes_that_a_namespace_holds_twice_once(owner, expert, settings):
+    commit(owner, expert, {"a.md": b"x" * 60})
+    commit(owner, factories.expert(owner, "two"), {"a.md": b"x" * 60})
+    settings.HUB_NAMESPACE_MAX_BYTES = 100
+    commit(owner, expert, {"b.md": b"y" * 40})
+    with pytest.raises(QuotaExceeded) as refusal:
+        commit(owner, expert, {"c.md": b"z"})
+    assert refusal.value.faults[0].met == 101
+    other = factories.user("bob")
+    commit(other, factories.expert(other), {"c.md": b"z"})
+
+
+def test_bytes_that_are_stored_already_are_referred_to_and_touched(owner, expert):
+    blob = blobs.keep(blobs.stage_bytes(b"words"))
+    Blob.objects.update(touched_at=timezone.now() - timedelta(days=9))
+    started = timezone.now()
+    made = revisions.commit(user=owner, expert=expert, changes=revisions.Changes({"a.md": blob}))
+    assert tree(made) == {"a.md": blob.pk}
+    assert Blob.objects.get().touched_at >= started
+
+
+def test_stored_bytes_are_checked_like_new_ones(owner, expert):
+    blob = blobs.keep(blobs.stage_bytes(b"\x80\x04\x95 pickle"))
+    with pytest.raises(UploadInvalid):
+        revisions.commit(user=owner, expert=expert, changes=revisions.Changes({WEIGHTS: blob}))
+
+
+def test_a_listed_base_learns_nothing(owner, expert):
+    before = bases.resolve(tiny.BASE).shapes
+    commit(owner, expert, tiny.fitting({"pooler.dense": (384, 384)}))
+    assert bases.resolve(tiny.BASE).shapes == before
 
 
 def test_a_commit_is_written_down(owner, expert):

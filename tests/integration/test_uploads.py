@@ -1,8 +1,10 @@
 """The upload door: promise, send in pieces, resume, complete."""
 
 import io
+from datetime import timedelta
 
 import pytest
+from django.utils import timezone
 
 from registry.errors import OffsetMismatch, RequestMalformed
 from registry.models import Blob, Expert, File, Job, Revision, Upload, UploadFile
@@ -262,6 +264,13 @@ def test_an_aborted_upload_takes_no_more_bytes_and_leaves_none(sender, settings)
     assert gone.status_code == 204
     assert list(settings.HUB_STAGING_DIR.iterdir()) == []
     assert sender.put(started["files"][0]["url"], data).status_code == 409
+    assert sender.complete(started["id"]).status_code == 409
+
+
+def test_an_upload_whose_time_is_over_takes_no_more_bytes(sender):
+    started = sender.start("ada/tea", {"README.md": tiny.card()}).json()
+    Upload.objects.update(expires_at=timezone.now() - timedelta(seconds=1))
+    assert sender.put(started["files"][0]["url"], tiny.card()).status_code == 409
     assert sender.complete(started["id"]).status_code == 409
 
 

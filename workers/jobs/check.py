@@ -6,10 +6,9 @@ from typing import Any
 
 from moerge.errors import MoergeError
 from moerge.tensors import files as tensor_files
-from moerge.tensors import header
 from registry import storage
 from registry.checks import cards, files
-from registry.errors import Fault, HubError, StorageUnavailable, UploadInvalid
+from registry.errors import Fault, HubError, StorageUnavailable
 from registry.models import File, Revision
 from registry.services import blobs, revisions
 from registry.services.limits import header_limits
@@ -29,7 +28,7 @@ def run(work: Work) -> dict[str, Any]:
             with storage.current().as_path(row.blob_id) as path:
                 compare(row, path)
                 if files.is_weights(row.path):
-                    tensors += agree(path)
+                    tensors += agree(row.path, path)
                 if row.path == files.CARD:
                     revisions.record_figures(revision, cards.parse(files.read_text(row.path, path)).figures)
         except FileNotFoundError as error:
@@ -49,11 +48,11 @@ def compare(row: File, path: Path) -> None:
         raise HubError(f"The stored bytes of {row.path} are damaged.", faults=[fault])
 
 
-def agree(file: Path) -> int:
+def agree(path: str, file: Path) -> int:
     """Whether the reference reader sees the same tensors in the stored bytes; returns how many."""
+    found = files.read_header(path, file, limits=header_limits())
     try:
-        found = header.read(file, header_limits())
         tensor_files.check_agreement(file, found)
     except MoergeError as error:
-        raise UploadInvalid.of(error) from error
+        raise files.translated(error, path) from error
     return len(found.tensors)
