@@ -157,7 +157,7 @@ def change_count_and_plane(made, pick, _):
     extra = bytes(pick.choice([0, 1, 7, 254, 255]) for _ in range(grow if row[5] == 0 else 0))
     made.plane = made.plane[:end] + extra + made.plane[end:]
     wanted = sum((other[3] + 7) // 8 for other in made.rows)
-    made.signs = made.signs[:wanted].ljust(wanted, b"\0")
+    made.signs = made.signs[:wanted].ljust(min(wanted, 10_000), b"\0")
 
 
 def change_plane(made, pick, _):
@@ -235,11 +235,11 @@ def fuzz(seeds):
 
 
 def test_changed_files_are_refused_by_a_rule_or_mean_what_the_format_says():
-    met = fuzz(range(1500))
+    met = fuzz(range(5000))
     assert met.keys() - RULES.keys() <= {"read", "no base was given."}
     # The change that a mutator makes is only worth something when it gets far: most rules are reached, and many files
     # are still read.
-    assert met["read"] > 150
+    assert met["read"] > 500
     assert len(met) > 25
     assert {"C6.position", "C6.emitted", "C6.popcount", "C5.length", "C4.padding", "C3.plane"} <= met.keys()
 
