@@ -13,7 +13,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from registry import storage
-from registry.errors import Fault, TooLarge
+from registry.errors import Fault, TooLarge, UploadInvalid
 from registry.models import Blob
 
 CHUNK_BYTES = 1 << 20
@@ -25,6 +25,7 @@ class Staged:
 
     path: Path
     sha256: str
+    # Empty for bytes that were hashed in an earlier request; `read_back` fills it before they are kept.
     git_sha1: str
     size_bytes: int
 
@@ -73,6 +74,17 @@ def stage_file(path: Path) -> Staged:
             digest.update(chunk)
     size = path.stat().st_size
     return Staged(path, digest.hexdigest(), git_sha1(path, size), size)
+
+
+def read_back(staged: Staged) -> Staged:
+    """The same bytes with all their digests, compared with what is expected of them. Raises UploadInvalid."""
+    if staged.git_sha1:
+        return staged
+    found = stage_file(staged.path)
+    if found.sha256 != staged.sha256:
+        fault = Fault("/files", found.sha256, staged.sha256, "Send the file again.", "U5")
+        raise UploadInvalid("A file was damaged while it waited.", faults=[fault])
+    return found
 
 
 def git_sha1(path: Path, size_bytes: int) -> str:

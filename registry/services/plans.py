@@ -56,6 +56,10 @@ class Plan:
     warnings: tuple[str, ...]
     manifest_digest: str
 
+    def sources(self) -> list[Staged | Blob]:
+        """Where the bytes of the tree are."""
+        return [entry.source for entry in self.tree.values()]
+
     @property
     def is_complete(self) -> bool:
         return self.examined is not None

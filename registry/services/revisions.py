@@ -86,9 +86,9 @@ def commit(
             plan = plans.plan(parent, changes, given, namespace=namespace, opened=opened)
         if parent is not None and _is_same(parent, plan):
             return _finished(upload, parent)
-        for entry in plan.tree.values():
-            if isinstance(entry.source, Staged):
-                blobs.keep(entry.source)
+        staged = [blobs.read_back(source) for source in plan.sources() if isinstance(source, Staged)]
+        for source in staged:
+            blobs.keep(source)
         revision = _publish(expert, plan, branch=branch, user=user, message=message, upload=upload)
         if revision is not None:
             return revision

@@ -241,6 +241,10 @@ def _complete(upload: Upload, *, user: User, card: Mapping[str, Any], message: s
             card=given,
             upload=upload,
         )
+    except UploadInvalid as error:
+        if any(fault.rule == "U5" for fault in error.faults):
+            _forget(upload, rows)
+        raise
     finally:
         for source in sources.values():
             if isinstance(source, Staged):
@@ -423,13 +427,10 @@ def _is_here(row: UploadFile) -> bool:
 
 
 def _staged(row: UploadFile) -> Staged:
-    """The bytes of a file under a second name, so that the first stays when the commit is refused or dies."""
+    """The bytes of a file under a second name, so that the first stays when the commit is refused or dies.
+
+    They were hashed when the last chunk arrived; they are read again only when everything else has been checked.
+    """
     copy = blobs.staging_path()
     os.link(_place(row), copy)
-    found = blobs.stage_file(copy)
-    if found.sha256 != row.sha256:
-        copy.unlink()
-        _place(row).unlink()
-        fault = Fault(files.pointer_of(row.path, "sha256"), found.sha256, row.sha256, "Send the file again.", "U5")
-        raise UploadInvalid(f"{row.path} was damaged on its way.", faults=[fault])
-    return found
+    return Staged(copy, row.sha256, "", row.size_bytes)

@@ -256,6 +256,22 @@ def test_an_upload_whose_process_died_after_the_bytes_were_kept_completes_when_a
     assert Upload.objects.get().state == "completed"
 
 
+def test_bytes_that_were_damaged_while_they_waited_are_asked_for_again(sender, settings):
+    data = tiny.card()
+    before = counts()
+    started = sender.start("ada/tea", {"README.md": data}).json()
+    sender.put(started["files"][0]["url"], data)
+    staged = next(path for path in settings.HUB_STAGING_DIR.iterdir() if path.stat().st_size == len(data))
+    staged.write_bytes(data.replace(b"tea", b"TEA"))
+    answer = sender.complete(started["id"])
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["wanted"] == tiny.sha256(data)
+    assert counts() == before
+    assert sender.get(f"/api/v1/uploads/{started['id']}").json()["files"][0]["offset"] == 0
+    assert sender.put(started["files"][0]["url"], data).status_code == 200
+    assert sender.complete(started["id"]).status_code == 200
+
+
 def test_an_aborted_upload_takes_no_more_bytes_and_leaves_none(sender, settings):
     data = tiny.card()
     started = sender.start("ada/tea", {"README.md": data}).json()
