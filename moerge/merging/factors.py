@@ -22,6 +22,7 @@ NEGLIGIBLE = 1e-6
 EXACT_SIDE = 256
 _ITERATIONS = 4
 _PANEL_ROWS = 512
+_SAFE = 1e-10
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,52 @@ def stack(items: Sequence[Factors], coefficients: Sequence[float] | Array) -> Fa
 
 
 def truncate(factors: Factors, rank: int) -> Truncated:
-    """The closest delta of at most `rank` to B @ A, by an SVD of the R x R core, balanced between both factors.
+    """The closest delta of at most `rank` to B @ A, by an SVD of the R x R core, balanced between both factors."""
+    B, A = factors.B.astype(np.float64), factors.A.astype(np.float64)
+    # The same delta with each column of B as long as its row of A: experts whose B is tiny and whose A is huge, or the
+    # other way round, then lose nothing.
+    gauge = _gauge(np.einsum("ij,ij->j", B, B), np.einsum("ij,ij->i", A, A))
+    left, right = _span(B * gauge), _span((A / gauge[:, None]).T)
+    U, S, Vt = np.linalg.svd(left.core @ right.core.T, full_matrices=False)
+    rank = min(rank, S.size)
+    root = np.sqrt(S[:rank])
+    dtype = np.result_type(*factors)
+    found = Factors(
+        (left.columns @ (left.inverse @ (U[:, :rank] * root))).astype(dtype),
+        np.ascontiguousarray((right.columns @ (right.inverse @ (Vt[:rank].T * root))).T.astype(dtype)),
+    )
+    return Truncated(found, float(S[:rank] @ S[:rank]), float(S @ S))
 
-    Householder QR is used rather than a Gram matrix: its error is relative to each column, so experts whose B is tiny
-    and whose A is huge lose nothing.
+
+def _gauge(left: Float64, right: Float64) -> Float64:
+    """Factors that bring columns of squared lengths `left` and rows of squared lengths `right` to one length."""
+    is_zero = (left == 0) | (right == 0)
+    return np.asarray(
+        np.where(is_zero, 1.0, np.sqrt(np.sqrt(np.where(is_zero, 1.0, right) / np.where(is_zero, 1.0, left))))
+    )
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Columns X, (d, R), as orthonormal directions X @ inverse, (d, k), and their core, (k, R): X = X inverse core."""
+
+    columns: Float64
+    inverse: Float64
+    core: Float64
+
+
+def _span(columns: Float64) -> _Span:
+    """Orthonormal directions of some columns, from their Gram matrix where that is safe, else by Householder QR.
+
+    The Gram matrix squares the condition, and takes a third of the time: with eigenvalues down to 1e-10 of the largest
+    float64 leaves six digits on the weakest direction.
     """
-    Q_B, R_B = np.linalg.qr(factors.B.astype(np.float64))
-    Q_A, R_A = np.linalg.qr(factors.A.T.astype(np.float64))
-    U, S, Vt = np.linalg.svd(R_B @ R_A.T)
-    return _balanced(Q_B @ U[:, : S.size], S, Vt[: S.size] @ Q_A.T, rank=rank, dtype=np.result_type(*factors))
+    sizes, vectors = np.linalg.eigh(columns.T @ columns)
+    if columns.shape[1] <= columns.shape[0] and sizes[0] > _SAFE * sizes[-1]:
+        root = np.sqrt(sizes)
+        return _Span(columns, vectors / root, root[:, None] * vectors.T)
+    Q, R = np.linalg.qr(columns)
+    return _Span(Q, np.eye(Q.shape[1]), R)
 
 
 def truncate_dense(delta: Array, rank: int, *, key: tuple[int, int]) -> Truncated:

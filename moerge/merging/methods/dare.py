@@ -63,7 +63,7 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
     for row, member in enumerate(block.members):
         kept = noise.keep(block.noise(row), parameters.density)
         factor = block.values.dtype.type(state.factors[member, block.name])
-        np.copyto(dropped[row], block.values[row] * factor, where=kept)
+        np.multiply(block.values[row] * factor, kept, out=dropped[row])
     weighted = parts.weigh(dropped, block.weights)
     divisor: Array = np.asarray(block.weights.sum())
     if parameters.elect == "ties":

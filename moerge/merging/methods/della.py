@@ -46,7 +46,7 @@ def merge(block: Block, _state: None, parameters: Parameters) -> Array:
     for row, values in enumerate(block.values):
         probability = keep_probability(values.reshape(-1, block.width), parameters).ravel()
         kept = noise.keep(block.noise(row), probability)
-        np.copyto(dropped[row], values * (1 / probability).astype(values.dtype), where=kept)
+        np.multiply(values * (1 / probability).astype(values.dtype), kept, out=dropped[row])
     weighted = parts.weigh(dropped, block.weights)
     divisor: Array = np.asarray(block.weights.sum())
     if parameters.elect == "ties":

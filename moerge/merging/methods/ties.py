@@ -106,7 +106,7 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
         return np.asarray(largest * signs * weighted.dtype.type(parameters.scale))
     merged = parts.total(weighted)
     if parameters.aggregate == "mean":
-        merged = parts.divide(merged, _divisor(agreeing, block.weights, parameters).astype(merged.dtype))
+        merged = parts.divide(merged, _divisor(agreeing, block.weights.astype(merged.dtype), parameters))
     return np.asarray(merged * merged.dtype.type(parameters.scale))
 
 
@@ -114,11 +114,11 @@ def _votes(trimmed: Array, weighted: Array, parameters: Parameters) -> Array:
     return weighted if parameters.variant == "mergekit" else trimmed
 
 
-def _divisor(agreeing: npt.NDArray[np.bool_], weights: npt.NDArray[np.float64], parameters: Parameters) -> Array:
+def _divisor(agreeing: npt.NDArray[np.bool_], weights: Array, parameters: Parameters) -> Array:
     if parameters.variant != "mergekit":
-        return parts.weight_of(agreeing, np.ones(len(agreeing)))
+        return parts.weight_of(agreeing, np.ones_like(weights))
     if not parameters.normalize:
-        return np.ones(agreeing.shape[1])
+        return np.ones(agreeing.shape[1], dtype=weights.dtype)
     return parts.weight_of(agreeing, weights)
 
 
