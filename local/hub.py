@@ -21,9 +21,7 @@ from local.install import PYTHON, ROOT
 from local.processes import Command, LocalError
 from local.supervisor import Part, Stopped, Supervisor
 
-SERVER_SECONDS = 90
 PREPARE_ATTEMPTS = 3
-PREPARE_SECONDS = 300
 
 # Which log tells why a part of /readyz is not ready.
 LOGS = {
@@ -107,11 +105,11 @@ def _start(watch: Supervisor, doors: Doors, options: Options) -> None:
     """Start all parts; returns when the hub is ready. LocalError names the part that is not, and its log."""
     since = time.monotonic()
     deadline = since + options.timeout_seconds
-    database_url, broker_url = _start_servers(watch)
+    database_url, broker_url = _start_servers(watch, deadline)
     router_url = f"http://127.0.0.1:{doors.router.getsockname()[1]}"
     watch.facts["doors"] = {"database_url": database_url, "broker_url": broker_url, "router_url": router_url}
     environment = homes.environment(watch.home, **watch.facts["doors"])
-    _prepare(watch, environment)
+    _prepare(watch, environment, deadline)
     url = watch.facts["url"]
     for part in served_parts(environment, doors, options):
         watch.add(part)
@@ -147,7 +145,7 @@ def _wait(watch: Supervisor, part: str, condition: Callable[[], bool], *, deadli
     watch.until(condition, waiting_for=part, seconds=left, every=every)
 
 
-def _start_servers(watch: Supervisor) -> tuple[str, str]:
+def _start_servers(watch: Supervisor, deadline: float) -> tuple[str, str]:
     """Start PostgreSQL and Redis unless the environment names others; the URLs of both."""
     known = homes.secrets_of(watch.home)
     database_url, broker_url = homes.given_database_url(), homes.given_broker_url()
@@ -167,15 +165,15 @@ def _start_servers(watch: Supervisor) -> tuple[str, str]:
         watch.add(Part("postgres", command, stop_signal=signal.SIGINT, stop_seconds=30, before=clear, is_server=True))
         own.append(("postgres", partial(postgres.accepts, database_url)))
     for name, accepts in own:
-        watch.until(accepts, waiting_for=name, seconds=SERVER_SECONDS)
+        _wait(watch, name, accepts, deadline=deadline)
     return database_url, broker_url
 
 
-def _prepare(watch: Supervisor, environment: Mapping[str, str]) -> None:
+def _prepare(watch: Supervisor, environment: Mapping[str, str], deadline: float) -> None:
     """Migrations, method catalogue, administrator and key: what every start makes sure of."""
     command = _module(environment, "local.prepare")
     for _ in range(PREPARE_ATTEMPTS):
-        if watch.run_once("prepare", command) == 0:
+        if watch.run_once("prepare", command, seconds=max(deadline - time.monotonic(), 0)) == 0:
             break
     else:
         raise LocalError(f"the database could not be prepared; see {watch.home.log('prepare')}")

@@ -41,7 +41,7 @@ def enter(module: str, arguments: Sequence[str], *, need: str) -> None:
         ensure(need=need)
     except InstallError as error:
         raise SystemExit(f"{error}") from error
-    if Path(sys.prefix).resolve() != VENV.resolve():
+    if not _is_inside():
         _replace_process(module, arguments)
 
 
@@ -59,7 +59,7 @@ def ensure(*, need: str) -> None:
         if _is_done(need):
             return
         _check_version()
-        if not os.access(PYTHON, os.X_OK):
+        if not _is_usable():
             _make_venv()
         uv = _uv()
         _install_torch(uv)
@@ -70,9 +70,18 @@ def ensure(*, need: str) -> None:
 
 
 def _is_done(need: str) -> bool:
-    return os.access(PYTHON, os.X_OK) and any(
-        line.split()[0] == need for line in _stamp_lines() if line in _wanted_lines()
-    )
+    has_it = any(line.split()[0] == need for line in _stamp_lines() if line in _wanted_lines())
+    return has_it and _is_usable()
+
+
+def _is_inside() -> bool:
+    """Whether this process runs in the environment itself."""
+    return Path(sys.prefix).resolve() == VENV.resolve()
+
+
+def _is_usable() -> bool:
+    """Whether the environment's interpreter starts: it may be gone, or be closed to this user."""
+    return _is_inside() or _works([str(PYTHON), "-c", ""])
 
 
 def _stamp_lines() -> list[str]:

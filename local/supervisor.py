@@ -112,12 +112,12 @@ class Supervisor:
         except BlockingIOError:
             return
 
-    def run_once(self, name: str, command: Command) -> int:
-        """Run a command to its end while the parts are looked after; its exit status."""
+    def run_once(self, name: str, command: Command, *, seconds: float) -> int:
+        """Run a command to its end while the parts are looked after; its exit status. LocalError after so long."""
         with self._log(name).open("ab") as output:
             child = processes.start(command, output=output)
         try:
-            self.until(lambda: child.poll() is not None, waiting_for=name)
+            self.until(lambda: child.poll() is not None, waiting_for=name, seconds=seconds)
         finally:
             processes.end(child.pid, seconds=5 if child.poll() is None else 0)
             child.wait()
