@@ -32,7 +32,7 @@ def collect_garbage(*, grace_seconds: int | None = None) -> int:
     referring = (File, Encoded, UploadFile)
     unused = Blob.objects.filter(touched_at__lt=before)
     for model in referring:
-        unused = unused.filter(~Exists(model.objects.filter(blob=OuterRef("pk"))))  # type: ignore[attr-defined]
+        unused = unused.filter(~Exists(model.objects.filter(blob=OuterRef("pk"))))
     count = 0
     for digest in list(unused.values_list("pk", flat=True)[:10_000]):
         with transaction.atomic():
