@@ -1,7 +1,9 @@
 """The upload door: promise, send in pieces, resume, complete."""
 
 import io
+import socket
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import pytest
 from django.utils import timezone
@@ -384,3 +386,29 @@ def test_a_content_range_that_does_not_fit_the_body_is_400(sender, header):
     answer = sender.client.put(url, b"x" * 5, content_type="application/octet-stream", headers=headers)
     assert answer.status_code == 400
     assert answer.json()["errors"][0]["pointer"] == "Content-Range"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_upload_survives_a_connection_that_is_really_cut(live_server):
+    bases.sync()
+    sender = Sender(factories.key(factories.user("ada")))
+    files = tiny.adapter(
+        **{"adapter_model.safetensors": tiny.weights(rank=100), "adapter_config.json": tiny.config(r=100)}
+    )
+    started = sender.start("ada/tea", files).json()
+    rows = {row["path"]: row for row in started["files"]}
+    data = files["adapter_model.safetensors"]
+    path = urlsplit(rows["adapter_model.safetensors"]["url"]).path
+    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+    head += f"Authorization: {sender.headers['Authorization']}\r\n\r\n"
+    with socket.create_connection((live_server.thread.host, live_server.thread.port)) as link:
+        link.sendall(head.encode() + data[:300_000])
+        link.shutdown(socket.SHUT_WR)
+        assert b" 400 " in link.recv(1000)
+    offset = {row["path"]: row["offset"] for row in sender.get(f"/api/v1/uploads/{started['id']}").json()["files"]}
+    assert offset["adapter_model.safetensors"] == 300_000
+    rest = data[300_000:]
+    assert sender.put(rows["adapter_model.safetensors"]["url"], rest, start=300_000, size=len(data)).status_code == 200
+    for name in ("adapter_config.json", "README.md"):
+        sender.put(rows[name]["url"], files[name])
+    assert sender.complete(started["id"]).json()["state"] == "processing"
