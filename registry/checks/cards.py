@@ -28,6 +28,7 @@ FIGURES_COUNT = 200
 DEPTH = 32
 FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)(?:\r?\n)?^(?:---|\.\.\.)[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 PLACEHOLDER = re.compile(r"\[More Information Needed\]|<!--.*?-->", re.DOTALL)
+DESCRIBING = re.compile(r"[^\n]*\b(description|summary|about|overview|task|intended use)\b", re.IGNORECASE)
 UNTOUCHED = re.compile(r"\b(base|baseline|untouched)\b", re.IGNORECASE)
 
 
@@ -73,7 +74,7 @@ def parse(text: str) -> Card:
         examples=_texts(section.get("examples"), EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "moerge", "examples"),
         licence=" and ".join(_texts(licence, 8, LICENCE_CHARACTERS, "license")).lower()[:LICENCE_CHARACTERS],
         base_model=_text(base, "base_model") if base else None,
-        tags=_texts(data.get("tags"), TAGS_COUNT, TAG_CHARACTERS, "tags"),
+        tags=_tags(data.get("tags")),
         figures=tuple(_figures(data))[:FIGURES_COUNT],
         data=data,
         body=body,
@@ -122,12 +123,26 @@ def merged(card: Card, given: Mapping[str, Any]) -> Card:
 
 
 def first_paragraph(body: str) -> str:
-    """The first paragraph of prose, without headings, comments and the placeholders of a template card."""
-    for paragraph in re.split(r"\n\s*\n", PLACEHOLDER.sub("", body.replace("\r\n", "\n"))):
-        text = " ".join(line.strip() for line in paragraph.splitlines() if not line.lstrip().startswith("#")).strip()
-        if text and not re.match(r"[-*|>`!<\[]|\d+\.", text):
-            return text[:DESCRIPTION_CHARACTERS]
+    """The first paragraph of prose that describes: before the first section, or in one that is called so.
+
+    Template cards have prose of their own in other sections, which says nothing about this expert.
+    """
+    text = PLACEHOLDER.sub("", body.replace("\r\n", "\n"))
+    start, *sections = re.split(r"^##+[ \t]*", text, flags=re.MULTILINE)
+    told = [section.partition("\n")[2] for section in sections if DESCRIBING.match(section)]
+    for paragraph in re.split(r"\n\s*\n", "\n\n".join([start, *told])):
+        words = " ".join(line.strip() for line in paragraph.splitlines() if not line.lstrip().startswith("#")).strip()
+        if words and not re.match(r"[-*|>`!<\[]|\d+\.", words):
+            return words[:DESCRIPTION_CHARACTERS]
     return ""
+
+
+def _tags(value: Any) -> tuple[str, ...]:
+    """The tags of a card; libraries write some by themselves, so one that is too long is left out, not refused."""
+    items = value if isinstance(value, list) else [value]
+    texts = [str(item).strip() for item in items if isinstance(item, str | int | float) and not isinstance(item, bool)]
+    fitting = [text for text in texts if text and len(text) <= TAG_CHARACTERS]
+    return tuple(dict.fromkeys(fitting))[:TAGS_COUNT]
 
 
 class _Loader(yaml.SafeLoader):

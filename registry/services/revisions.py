@@ -143,7 +143,9 @@ def _publish(
         row = Expert.objects.select_for_update(of=("self",)).filter(pk=expert.pk, deleted_at=None).first()
         if row is None:
             raise ExpertNotFound(f"There is no expert {expert.full_name!r} that you may see.")
-        ref = Ref.objects.select_for_update().get(expert=row, name=branch)
+        ref = Ref.objects.select_for_update().filter(expert=row, name=branch, kind=Ref.Kind.BRANCH).first()
+        if ref is None:
+            raise RevisionNotFound(f"{row.full_name} has no branch {branch[:80]!r} any more.")
         if ref.revision_id != (plan.parent.pk if plan.parent else None):
             return None
         revision, is_new = Revision.objects.get_or_create(

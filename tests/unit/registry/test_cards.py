@@ -66,6 +66,35 @@ def test_without_a_task_the_first_paragraph_describes(text, description):
     assert cards.parse(text).description == description
 
 
+def test_the_prose_of_a_template_describes_nothing():
+    template = """# Model Card for Model ID
+
+<!-- Provide a quick summary of what the model is/does. -->
+
+## Model Details
+
+### Model Description
+
+<!-- Provide a longer summary of what this model is. -->
+
+- **Developed by:** [More Information Needed]
+
+## Bias, Risks, and Limitations
+
+Users should be made aware of the risks.
+"""
+    assert cards.parse(template).description == ""
+    told = template.replace("- **Developed", "Sorts tea.\n\n- **Developed")
+    assert cards.parse(told).description == "Sorts tea."
+
+
+def test_tags_that_libraries_write_never_stand_in_the_way():
+    card = cards.parse(f"---\ntags: [lora, {'x' * 81}, lora, true, [a], {'y' * 80}]\n---\n")
+    assert card.tags == ("lora", "y" * 80)
+    many = ", ".join(f"t{n}" for n in range(70))
+    assert len(cards.parse(f"---\ntags: [{many}]\n---\n").tags) == 64
+
+
 def test_a_card_without_front_matter_says_nothing_else():
     assert cards.parse("Words.") == Card(description="Words.", body="Words.")
 
