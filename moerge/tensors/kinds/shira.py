@@ -1,4 +1,7 @@
-"""SHiRA: a sparse set of base values, trained (arXiv 2406.13175)."""
+"""SHiRA: a sparse set of base values, trained (arXiv 2406.13175).
+
+PEFT stores their places as integers, a dtype that weights files may not hold, so such files stop at the header.
+"""
 
 from moerge.tensors.kind import stored_only
 
