@@ -23,7 +23,7 @@ def queue():
     with current_app.connection_for_write() as link:
         client = link.default_channel.client
         client.delete("light", "heavy")
-        yield lambda name: client.llen(name)
+        yield client.llen
         client.delete("light", "heavy")
 
 
@@ -59,9 +59,12 @@ def test_a_job_is_sent_when_its_transaction_commits_and_not_before(revision: Rev
 
 
 def test_a_transaction_that_fails_leaves_neither_row_nor_message(revision: Revision, queue) -> None:
-    with pytest.raises(UploadInvalid), transaction.atomic():
+    def ask_and_fail() -> None:
         jobs.enqueue_pipeline(revision)
         raise UploadInvalid
+
+    with pytest.raises(UploadInvalid):
+        transaction.atomic(ask_and_fail)()
     assert Job.objects.count() == 0
     assert queue("light") == queue("heavy") == 0
 
