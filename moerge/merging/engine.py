@@ -166,14 +166,7 @@ def _element_wise(method: ElementWise, stream: Stream, parameters: Parameters) -
     stream.watch.expected = blocks * (1 + len(stream.sources)) if has_state else blocks
     state = method.prepare(stream, parameters) if has_state else None
     for name in stream.names:
-        dtypes = [delta_dtype(source.read(name)) for source in stream.sources if name in source.tensors]
-        merged = np.empty(stream.size(name), dtype=np.result_type(*dtypes))
-
-        def work(block: Block, merged: Array = merged) -> None:
-            merged[block.offset : block.offset + block.values.shape[1]] = method.merge(block, state, parameters)
-
-        stream.over_blocks(name, work)
-        yield name, merged.reshape(stream.shapes[name])
+        yield name, stream.map_blocks(name, lambda block: method.merge(block, state, parameters))
 
 
 def _sum(method: Linear, stream: Stream, name: str, parameters: Parameters) -> Delta:

@@ -20,7 +20,7 @@ __all__ = ["Cancelled", "ModuleReport", "Report", "bytes_needed", "merge"]
 # Below this share of the squared norm a merge no longer stands for the delta it was made from.
 ENERGY_WANTED = 0.9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FIXED_BYTES = 64 << 20
+FIXED_BYTES = 64 << 20
 # A delta of larger norm cannot be formed in float32, in which it will be used.
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -117,9 +117,9 @@ def bytes_needed(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], *, total
     written = 4 * rank * every
     if recipe.spec.rank_rule == "dense" and recipe.spec.form == "element-wise":
         # The merged delta, and per expert a few copies of one block.
-        return _FIXED_BYTES + 8 * largest + 24 * experts * (1 << 17) + 16 * widest * 2 * rank + written
+        return FIXED_BYTES + 8 * largest + 24 * experts * (1 << 17) + 16 * widest * 2 * rank + written
     held = every if recipe.spec.form == "ordered" else widest
-    return _FIXED_BYTES + 6 * 8 * total_rank * held + written
+    return FIXED_BYTES + 6 * 8 * total_rank * held + written
 
 
 class _Modules(Mapping[str, LowRank]):

@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 
 # 16 rows of a 4096 wide matrix: large enough for BLAS, small enough that a block of several experts stays in cache.
 TILE_VALUES = 1 << 16
+_TELLING = 0.01
 
 
 @runtime_checkable
@@ -129,13 +130,18 @@ class Watch:
     cancelled: Callable[[], bool] = never
     expected: int = 1
     done: int = field(default=0, init=False)
+    told: float = field(default=0.0, init=False)
 
     def step(self) -> None:
         """One block is done. Raises Cancelled when the merge is no longer wanted."""
         self.done += 1
         if self.cancelled():
             raise Cancelled
-        self.progress(min(0.99, self.done / max(self.expected, 1)))
+        share = min(0.99, self.done / max(self.expected, 1))
+        # Whoever listens may write to a database, and a large merge has a hundred thousand blocks.
+        if share - self.told >= _TELLING:
+            self.told = share
+            self.progress(share)
 
 
 class Cancelled(Exception):
@@ -223,13 +229,31 @@ class Stream:
         return delta.ravel()[:: max(1, delta.size // count)]
 
     def over_blocks(self, name: str, work: Callable[[Block], Result]) -> list[tuple[tuple[int, int], Result]]:
-        """Call `work` on each block of a tensor, over all members; results in row order.
+        """Call `work` on each block of a tensor, over all members; results in row order, with first and last row.
 
         With several threads as many blocks are in flight at a time, each computed alone, so results do not change.
         """
-        members = self.members(name)
-        deltas = [self.sources[i].read(name) if name in self.sources[i].tensors else None for i in members]
-        dtype = np.result_type(*(delta_dtype(delta) for delta in deltas if delta is not None))
+        return self._over(name, self._read(name), work)
+
+    def map_blocks(self, name: str, work: Callable[[Block], Array]) -> Array:
+        """What `work` makes of each block of a tensor, in the tensor's shape."""
+        deltas = self._read(name)
+        merged = np.empty(self.size(name), dtype=_common_dtype(deltas))
+
+        def fill(block: Block) -> None:
+            merged[block.offset : block.offset + block.values.shape[1]] = work(block)
+
+        self._over(name, deltas, fill)
+        return merged.reshape(self.shapes[name])
+
+    def _read(self, name: str) -> list[Delta | None]:
+        sources = [self.sources[i] for i in self.members(name)]
+        return [source.read(name) if name in source.tensors else None for source in sources]
+
+    def _over(
+        self, name: str, deltas: list[Delta | None], work: Callable[[Block], Result]
+    ) -> list[tuple[tuple[int, int], Result]]:
+        members, dtype = self.members(name), _common_dtype(deltas)
         weights, digests = self.weights[list(members)], tuple(self.sources[i].digest for i in members)
         width, size = self.width(name), self.size(name)
 
@@ -244,6 +268,10 @@ class Stream:
             return span, result
 
         return run_all(one, self.spans(name), threads=self.threads)
+
+
+def _common_dtype(deltas: Sequence[Delta | None]) -> np.dtype[Any]:
+    return np.result_type(*(delta_dtype(delta) for delta in deltas if delta is not None))
 
 
 def delta_dtype(delta: Delta) -> np.dtype[Any]:

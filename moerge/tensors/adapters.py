@@ -83,14 +83,14 @@ def check(
 class Modules(Mapping[str, LowRank]):
     """Module name -> LowRank; each look-up reads that module's tensors, so memory holds one module at a time."""
 
-    def __init__(self, kind: Kind, roles: Roles, facts: Mapping[str, ModuleFacts], path: Path) -> None:
-        self._kind, self._roles, self._path = kind, roles, path
+    def __init__(self, kind: Kind, roles: Roles, facts: Mapping[str, ModuleFacts], path: Path, header: Header) -> None:
+        self._kind, self._roles, self._path, self._header = kind, roles, path, header
         self._facts = dict(sorted(facts.items()))
 
     def __getitem__(self, module: str) -> LowRank:
         facts = self._facts[module]
         assert self._kind.low_rank is not None
-        with files.open_file(self._path) as file:
+        with files.open_file(self._path, known=self._header) as file:
             return self._kind.low_rank(file, self._roles[module], facts)
 
     def __contains__(self, module: object) -> bool:
@@ -142,7 +142,7 @@ def load(config: AdapterConfig, path: str | Path, *, accept: Collection[str] = (
                             layout=facts.layouts[module])
         for module, rank in facts.ranks.items()
     }  # fmt: skip
-    return Adapter(config, facts, path, Modules(kind, roles, of_modules, path))
+    return Adapter(config, facts, path, Modules(kind, roles, of_modules, path, header))
 
 
 def scan_finite(path: str | Path, header: Header) -> tuple[str, ...]:

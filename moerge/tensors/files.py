@@ -80,11 +80,20 @@ def to_dtype(values: Float32, dtype: str) -> "Array | BF16":
 class SafetensorsFile:
     """An open file whose header has been parsed strictly. A context manager; reads need no lock (pread)."""
 
-    def __init__(self, path: str | Path, limits: Limits = Limits()) -> None:  # noqa: B008 - frozen record
+    def __init__(
+        self,
+        path: str | Path,
+        limits: Limits = Limits(),  # noqa: B008 - frozen record
+        *,
+        known: Header | None = None,
+    ) -> None:
         self.path = Path(path)
         self._descriptor = os.open(self.path, os.O_RDONLY)
         try:
             size = os.fstat(self._descriptor).st_size
+            if known is not None and known.file_size == size:
+                self.header = known
+                return
             first = os.pread(self._descriptor, 8, 0)
             head = first + self._read(8, header.claimed_bytes(first, size, limits) - 8)
             self.header = header.parse(head, size, limits)
@@ -162,9 +171,17 @@ class SafetensorsFile:
         return b"".join(parts) if len(parts) != 1 else parts[0]
 
 
-def open_file(path: str | Path, limits: Limits = Limits()) -> SafetensorsFile:  # noqa: B008 - frozen record
-    """Open a safetensors file and parse its header strictly. Raises HeaderInvalid, OSError."""
-    return SafetensorsFile(path, limits)
+def open_file(
+    path: str | Path,
+    limits: Limits = Limits(),  # noqa: B008 - frozen record
+    *,
+    known: Header | None = None,
+) -> SafetensorsFile:
+    """Open a safetensors file and parse its header strictly. Raises HeaderInvalid, OSError.
+
+    `known` is the header of this very file where it was parsed before; parsing takes longer than reading a tensor.
+    """
+    return SafetensorsFile(path, limits, known=known)
 
 
 def check_agreement(path: str | Path, parsed: Header) -> None:

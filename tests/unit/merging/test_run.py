@@ -237,6 +237,33 @@ def test_progress_rises_to_one(tmp_path, pair):
         assert len(seen) > 2
 
 
+def test_progress_is_told_a_hundred_times_at_most(tmp_path):
+    modules = {f"layer.{i}": (8, 8, 1) for i in range(300)}
+    seen = []
+    merge(tmp_path / "out", [write(tmp_path / "a", modules)], [1.0], progress=seen.append)
+    assert 50 < len(seen) <= 101
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [("linear", 8), ("ties", None), ("ties", 32), ("iso_c", None), ("opcm", None)]
+)
+def test_a_merge_takes_no_more_memory_than_was_said_before(tmp_path, method, rank):
+    modules = {f"layer.{i}": (700, 900, 4) for i in range(6)}
+    experts = [write(tmp_path / name, modules) for name in "abc"]
+    shapes = {name: (700, 900) for name in modules}
+    merge(tmp_path / "warm", experts[:1], [1], method)
+    tracemalloc.start()
+    report = merge(tmp_path / "out", experts, [1, 1, 1], method, output={"rank": rank})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    named = [{"expert": name, "revision": "r", "digest": name, "weight": 1} for name in "abc"]
+    parsed = recipe.parse({"method": method, "experts": named, "output": {"rank": rank}})
+    told = run.bytes_needed(parsed, shapes, total_rank=12, rank=report.rank)
+    # What the interpreter and its libraries need is in the estimate and not in this peak.
+    assert peak < told - run.FIXED_BYTES
+    assert told < run.FIXED_BYTES + 8 * peak
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "iso_c", "opcm"])
 def test_a_merge_that_is_no_longer_wanted_stops_and_writes_nothing(tmp_path, pair, method):
     with pytest.raises(run.Cancelled):
