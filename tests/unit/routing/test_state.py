@@ -112,8 +112,9 @@ def test_equal_scores_are_ordered_by_expert_id():
 
 
 def test_equal_bm25_scores_at_the_edge_of_the_candidates_keep_the_smaller_ids():
-    twins = [entry(f"o/{number:02d}", description="salt") for number in reversed(range(30))]
-    hits = state(*twins).rank(Query(text="salt"), depth=7).hits
+    twins = [entry(f"o/{number:02d}", description="salt") for number in range(30)]
+    made = state(*twins[4:]).changed(seq=2, put=twins[:4])
+    hits = made.rank(Query(text="salt"), depth=7).hits
     assert [hit.expert for hit in hits] == [f"o/{number:02d}" for number in range(7)]
 
 
