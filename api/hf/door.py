@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, BinaryIO, Concatenate, ParamSpec, cast
+from typing import Any, Concatenate, ParamSpec, cast
 
 from django.conf import settings
 from django.contrib.auth.models import AnonymousUser
@@ -142,26 +142,54 @@ def header_text(text: str) -> str:
     return "".join(sign if " " <= sign <= "~" else "?" for sign in line)
 
 
-def body_of(request: HttpRequest) -> BinaryIO:
-    """The raw body as a stream, also when it comes in chunks without a length. Never touch `request.body` beside it."""
-    if request.headers.get("Transfer-Encoding", "").lower() == "chunked":
-        return cast("BinaryIO", request.META["wsgi.input"])
-    return cast("BinaryIO", request)
+class Body:
+    """The raw body of a request as it arrives; one that ends before its announced length is an error, not an end."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        is_chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        # Django reads no further than Content-Length, which a body in chunks does not have.
+        self._stream = request.META["wsgi.input"] if is_chunked else request
+        self._left = None if is_chunked else int(request.META.get("CONTENT_LENGTH") or 0)
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, none at the end. Never touch `request.body` beside it."""
+        data: bytes = self._stream.read(size)
+        if self._left is not None:
+            self._left -= len(data)
+        if not data and self._left:
+            raise RequestMalformed(
+                "The body of the request ended early.",
+                faults=[Fault("", f"{self._left} bytes less than announced", "the whole body", "Send it again.")],
+            )
+        return data
+
+    def whole(self, *, limit_bytes: int) -> bytes:
+        """All of it. Raises TooLarge."""
+        data = b""
+        while part := self.read(limit_bytes + 1 - len(data)):
+            data += part
+            if len(data) > limit_bytes:
+                fault = Fault("", f"more than {limit_bytes} bytes", f"at most {limit_bytes} bytes")
+                raise TooLarge(f"The body has more than {limit_bytes} bytes.", faults=[fault])
+        return data
 
 
 def json_of(request: HttpRequest) -> dict[str, Any]:
     """The body as one JSON object of bounded size. Raises RequestMalformed, TooLarge."""
-    limit = settings.HUB_JSON_MAX_BYTES
-    data = body_of(request).read(limit + 1)
-    if len(data) > limit:
-        raise TooLarge(f"The body has more than {limit} bytes.", faults=[Fault("", f"more than {limit} bytes", limit)])
+    data = Body(request).whole(limit_bytes=settings.HUB_JSON_MAX_BYTES)
     try:
-        record = json.loads(data or b"{}")
+        record = json.loads(data or b"{}", parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise RequestMalformed("The body is not JSON.", faults=[Fault("", "no JSON", "one JSON object")]) from error
     if not isinstance(record, dict):
-        raise RequestMalformed("The body is not a JSON object.", faults=[Fault("", record, "one JSON object")])
+        fault = Fault("", type(record).__name__, "one JSON object")
+        raise RequestMalformed("The body is not a JSON object.", faults=[fault])
     return record
+
+
+def no_constant(name: str) -> float:
+    """Refuse NaN and Infinity, which Python reads and JSON does not know."""
+    raise ValueError(name)
 
 
 def text_of(record: dict[str, Any], name: str, default: str | None = None) -> str:
@@ -169,9 +197,11 @@ def text_of(record: dict[str, Any], name: str, default: str | None = None) -> st
     value = record.get(name, default)
     if value is None and default is not None:
         value = default
-    if not isinstance(value, str):
+    # Neither NUL nor half a surrogate pair can be stored, whatever the field.
+    if not isinstance(value, str) or "\0" in value or any("\ud800" <= sign <= "\udfff" for sign in value):
         raise RequestMalformed(
-            f"The field {name} is no text.", faults=[Fault(f"/{name}", value, "text", "Send this field as text.")]
+            f"The field {name} is no text.",
+            faults=[Fault(f"/{name}", ascii(value)[:100], "text without NUL", "Send this field as text.")],
         )
     return value
 

@@ -1,6 +1,8 @@
 """Files of a revision, as download clients fetch them."""
 
-from django.http import HttpRequest, HttpResponseBase
+from urllib.parse import quote
+
+from django.http import HttpRequest, HttpResponseBase, HttpResponseRedirect
 
 from api import downloads as answers
 from api.hf import addresses, snapshots
@@ -10,13 +12,20 @@ from registry.services import downloads
 
 
 @endpoint("GET", "HEAD")
+def page(request: HttpRequest, _caller: Caller, full_name: str, rest: str) -> HttpResponseBase:
+    """Lead a person from the addresses that clients print (a commit, a file) to the page of that revision."""
+    revision, _ = addresses.split(request, before=3, rest=rest)
+    return HttpResponseRedirect(f"/{full_name}/tree/{quote(revision, safe='')}")
+
+
+@endpoint("GET", "HEAD")
 def resolve(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> HttpResponseBase:
     """The bytes of a file, whole or in part; HEAD tells commit, size and digest."""
     repository = selectors.repository(full_name, caller.viewer)
     revision, path = addresses.split(request, before=3, rest=rest)
     snapshot = snapshots.at(repository, revision, caller.viewer)
     # With the commit on a 404, clients remember that the file is absent.
-    caller.headers["X-Repo-Commit"] = snapshot.commit
+    caller.headers |= {"X-Repo-Commit": snapshot.commit, **snapshot.notice}
     file = snapshot.file(path)
     headers = {}
     if file.is_large:

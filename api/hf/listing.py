@@ -9,9 +9,9 @@ from django.conf import settings
 from django.http import HttpRequest, HttpResponseBase, JsonResponse, QueryDict
 
 from api.hf import addresses, shapes, snapshots
-from api.hf.door import Caller, body_of, endpoint, is_true, json_of
+from api.hf.door import Body, Caller, endpoint, is_true, json_of
 from registry import selectors
-from registry.errors import Fault, FileNotFound, RequestInvalid, TooLarge
+from registry.errors import Fault, FileNotFound, RequestInvalid
 from registry.models import File, Ref, Revision
 
 LARGEST_PAGE = 1000
@@ -76,6 +76,7 @@ def model(request: HttpRequest, caller: Caller, full_name: str, rest: str = "mai
     revision, path = addresses.split(request, before=5, rest=rest) if rest != "main" else ("main", "")
     snapshot = snapshots.at(repository, f"{revision}/{path}" if path else revision, caller.viewer)
     blobs = is_true(request, "blobs")
+    caller.headers |= snapshot.notice
     if snapshot.repository.merge is not None:
         files = snapshot.files() if snapshot.revision is not None else []
         answer = shapes.merge(snapshot.repository.merge, snapshot, files=files, blobs=blobs)
@@ -207,10 +208,7 @@ def _paths(request: HttpRequest) -> tuple[list[str], bool]:
         if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
             raise RequestInvalid("The paths are no texts.", faults=[Fault("/paths", None, "a list of texts")])
         return paths, record.get("expand") is True
-    data = body_of(request).read(settings.HUB_JSON_MAX_BYTES + 1)
-    if len(data) > settings.HUB_JSON_MAX_BYTES:
-        raise TooLarge("The list of paths is too long.")
-    form = QueryDict(data, encoding="utf-8")
+    form = QueryDict(Body(request).whole(limit_bytes=settings.HUB_JSON_MAX_BYTES), encoding="utf-8")
     return form.getlist("paths"), form.get("expand", "").lower() in {"true", "1"}
 
 

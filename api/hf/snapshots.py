@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from api.hf.door import header_text
 from registry import selectors
 from registry.errors import FileNotFound, NotReady, RevisionNotFound, Unavailable
 from registry.models import Expert, File, Merge, MergeParent, Ref, Revision
@@ -25,6 +26,16 @@ class Snapshot:
     @property
     def is_private(self) -> bool:
         return self.repository.is_private
+
+    @property
+    def notice(self) -> dict[str, str]:
+        """A header that clients show to people: that the expert was yanked, and why."""
+        expert = self.repository.expert
+        if expert is None or expert.yanked_at is None:
+            return {}
+        return {
+            "X-HF-Warning": header_text(f"yanked; {expert.full_name} was yanked: {expert.yank_reason or 'no reason'}")
+        }
 
     def check_computed(self) -> None:
         """Raise Unavailable while a merge is computed, NotReady when that failed."""
@@ -73,11 +84,11 @@ def at(repository: Repository, revision: str, viewer: Viewer) -> Snapshot:
     assert expert is not None
     if revision.startswith(MERGE_REVISION):
         return _of_merge(_merge_with(expert, revision.removeprefix(MERGE_REVISION), viewer), "main")
-    if revision == EMPTY_COMMIT or _is_empty(expert, revision):
-        return Snapshot(repository, EMPTY_COMMIT, None)
     try:
         found = selectors.revision(repository, revision)
     except RevisionNotFound:
+        if revision == EMPTY_COMMIT or _is_empty(expert, revision):
+            return Snapshot(repository, EMPTY_COMMIT, None)
         # A client that resolved `merge--<id>` goes on with the commit it was given.
         merge = _merge_with(expert, revision, viewer, is_commit=True)
         return _of_merge(merge, "main")

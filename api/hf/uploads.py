@@ -9,7 +9,7 @@ from django.conf import settings
 from django.http import HttpRequest, HttpResponseBase, JsonResponse
 
 from api.hf import addresses, ndjson, snapshots
-from api.hf.door import Caller, body_of, endpoint, header_text, is_true, json_of, site, text_of
+from api.hf.door import Body, Caller, endpoint, header_text, is_true, json_of, site, text_of
 from api.hf.identity import unavailable
 from api.hf.repositories import writable
 from registry import selectors
@@ -81,7 +81,7 @@ def commit(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> H
         total_bytes=settings.HUB_UPLOAD_MAX_BYTES,
         lines=4 * settings.HUB_UPLOAD_MAX_FILES,
     )
-    reader = ndjson.Reader(body_of(request), limits)
+    reader = ndjson.Reader(Body(request), limits)
     staged_here: list[blobs.Staged] = []
     try:
         wanted = Commit()

@@ -44,6 +44,8 @@ urlpatterns: list[URLPattern | URLResolver] = [
     re_path(rf"{MODEL}$", listing.model),
     re_path(rf"^{NAME}\.git/info/lfs/{REST}$", identity.not_implemented),
     re_path(rf"^{NAME}/(?:resolve|raw)/{REST}$", files.resolve),
+    re_path(rf"^{NAME}/(?:blob|commit)/{REST}$", files.page),
+    re_path(rf"^{NAME}/tree/(?s:(?P<rest>[^/]+/.*))$", files.page),
     re_path(r"^(?:datasets|spaces|kernels)/(?s:.+)$", absent),
     re_path(rf"^{PART}/(?:resolve|raw)/{REST}$", absent),
     re_path(rf"^api/(?:models|datasets|spaces|kernels)/{ANYTHING}", absent),

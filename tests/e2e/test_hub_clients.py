@@ -3,10 +3,15 @@
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
 
@@ -67,6 +72,7 @@ def check_journey(python: str | Path, version: str, adapter: Path, hub: Hub, wor
     assert seen["titles"][1] == "The adapter"
     assert (seen["branches"], seen["tags made"]) == (["dev", "main"], ["v1"])
     assert seen["files of v1"] == seen["files after delete"] == own
+    assert seen["files by long names"] == [own, own]
     assert seen["deleted file of its commit"] == "Notes of the tests.\n"
     assert seen["raised"] == [
         "RepositoryNotFoundError",
@@ -115,6 +121,74 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub: Hub, adapter: 
     assert record.ranges[-1] in {"bytes=10485760-", "bytes=10000000-", "bytes=12000000-"}
     assert seen == {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     api.delete_repo(repo)
+
+
+def test_stock_peft_loads_a_merge_by_the_name_of_a_parent_while_it_is_still_computed(hub: Hub, tmp_path: Path):
+    from huggingface_hub import HfApi, snapshot_download
+
+    api = HfApi(endpoint=hub.url, token=hub.api_key)
+    for seed, name in enumerate(("half-a", "half-b"), start=1):
+        folder = tiny.write(tiny.lora(seed=seed, rank=4 * seed), tmp_path / name)
+        api.create_repo(f"{hub.username}/{name}")
+        api.upload_folder(repo_id=f"{hub.username}/{name}", folder_path=folder)
+        wait_until_ready(hub, f"{hub.username}/{name}")
+    experts = [{"expert": f"{hub.username}/half-{half}", "weight": weight} for half, weight in (("a", 0.7), ("b", 0.3))]
+    body = {"base_model": tiny.BASE, "method": "linear", "parameters": {}, "experts": experts}
+    merge = httpx.post(f"{hub.url}/api/v1/merges", json=body, headers=hub.headers).json()
+    # The client waits for the worker by itself: it is told 503 with Retry-After until the files are there.
+    folder = snapshot_download(
+        merge["repo"], endpoint=hub.url, token=hub.api_key, cache_dir=tmp_path / "cache", local_dir=tmp_path / "merged"
+    )
+    names = (f"merge--{merge['id']}", merge["commit"])
+    seen = run(
+        sys.executable, "peft_client.py", f"{hub.username}/half-a", folder, *names, hub=hub, home=tmp_path / "home"
+    )
+    assert seen["effect"] > 0.01
+    assert seen["difference"] == dict.fromkeys(names, 0.0)
+
+
+def wait_until_ready(hub: Hub, full_name: str) -> None:
+    for _ in range(240):
+        record = httpx.get(f"{hub.url}/api/v1/experts/{full_name}", headers=hub.headers).json()
+        if record["state"] != "processing":
+            break
+        time.sleep(0.5)
+    assert record["state"] == "ready", record
+
+
+@pytest.fixture
+def half_sent(hub: Hub) -> Iterator[tuple[str, bytes]]:
+    """The address of commits to an empty repository, and the body of a commit of two files."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=hub.url, token=hub.api_key)
+    repo = f"{hub.username}/half-sent"
+    api.create_repo(repo)
+    files = [{"path": name, "content": "YQ==", "encoding": "base64"} for name in ("a.txt", "b.txt")]
+    lines = [{"key": "header", "value": {"summary": "Two files"}}, *({"key": "file", "value": file} for file in files)]
+    yield f"/api/models/{repo}/commit/main", b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    api.delete_repo(repo)
+
+
+def test_a_commit_that_is_cut_off_after_a_whole_line_is_not_taken_for_a_smaller_one(hub: Hub, half_sent):
+    address, body = half_sent
+    place = urlsplit(hub.url)
+    short = body[: body.rstrip().rindex(b"\n") + 1]
+    with socket.create_connection((place.hostname, place.port), timeout=30) as there:
+        head = f"POST {address} HTTP/1.1\r\nHost: {place.netloc}\r\nAuthorization: Bearer {hub.api_key}\r\n"
+        there.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + short)
+        there.shutdown(socket.SHUT_WR)
+        answer = there.recv(65536)
+    assert b" 200 " not in answer.splitlines()[0] if answer else True
+    assert httpx.get(f"{hub.url}{address.replace('/commit/', '/tree/')}", headers=hub.headers).json() == []
+
+
+def test_a_commit_may_come_in_chunks_without_a_length(hub: Hub, half_sent):
+    address, body = half_sent
+    parts = (body[place : place + 7] for place in range(0, len(body), 7))
+    assert httpx.post(f"{hub.url}{address}", content=parts, headers=hub.headers).status_code == 200
+    tree = httpx.get(f"{hub.url}{address.replace('/commit/', '/tree/')}", headers=hub.headers).json()
+    assert [(row["path"], row["size"]) for row in tree] == [("a.txt", 1), ("b.txt", 1)]
 
 
 @pytest.mark.clients

@@ -195,24 +195,24 @@ WEIGHTS = tiny.lora(seed=1)["adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize(
-    ("files", "status", "pointer"),
+    ("files", "pointer"),
     [
-        ({"weights.safetensors": b"\x80\x04\x95" + b"\0" * 64}, 422, "/weights.safetensors"),
-        ({"adapter_model.safetensors": WEIGHTS[:-5]}, 422, "/adapter_model.safetensors"),
-        ({"adapter_model.bin": b"PK\x03\x04"}, 422, "/adapter_model.bin"),
-        ({"../up.txt": b"1"}, 422, "/..~1up.txt"),
-        ({**tiny.lora(), "adapter_config.json": tiny.lora(rank=3)["adapter_config.json"]}, 422, "/adapter"),
-        ({**tiny.lora(), "adapter_config.json": b'{"peft_type": NaN}'}, 422, "/adapter_config.json"),
-        (tiny.lora(base="nobody/knows"), 422, "/adapter_config.json/base_model_name_or_path"),
+        ({"weights.safetensors": b"\x80\x04\x95" + b"\0" * 64}, "/weights.safetensors"),
+        ({"adapter_model.safetensors": WEIGHTS[:-5]}, "/adapter_model.safetensors"),
+        ({"adapter_model.bin": b"PK\x03\x04"}, "/adapter_model.bin"),
+        ({"../up.txt": b"1"}, "/..~1up.txt"),
+        ({**tiny.lora(), "adapter_config.json": tiny.lora(rank=3)["adapter_config.json"]}, "/adapter"),
+        ({**tiny.lora(), "adapter_config.json": b'{"peft_type": NaN}'}, "/adapter_config.json"),
+        (tiny.lora(base="nobody/knows"), "/adapter_config.json/base_model_name_or_path"),
     ],
 )
-def test_a_file_that_breaks_a_rule_is_named_and_leaves_nothing_behind(ada, repo, settings, files, status, pointer):
+def test_a_file_that_breaks_a_rule_is_named_and_leaves_nothing_behind(ada, repo, settings, files, pointer):
     _, caller = ada
     before = counts()
     if "nobody/knows" in str(files):
         files = {**files, "README.md": b"# No base\n"}
     response = caller.commit("ada/bank", [hf.header(), *hf.added(files)])
-    assert response.status_code == status
+    assert response.status_code == 422
     errors = response.json()["errors"]
     assert errors[0]["pointer"].startswith(pointer)
     assert errors[0]["message"]
@@ -389,3 +389,14 @@ def test_a_body_that_is_too_long_or_no_object_is_refused(ada, settings):
     assert caller.json("POST", "/api/repos/create", {"name": "x" * 2000}).status_code == 413
     assert caller.json("POST", "/api/repos/create", ["x"]).status_code == 400
     assert caller.send("POST", "/api/repos/create", data=b"{", kind="application/json").status_code == 400
+
+
+@pytest.mark.parametrize("text", ["\0", "ba\0nk", "\ud800"])
+def test_text_that_no_database_can_hold_is_refused_wherever_it_stands(ada, repo, text):
+    _, caller = ada
+    assert caller.json("POST", "/api/repos/create", {"name": text}).status_code == 400
+    assert caller.json("DELETE", "/api/repos/delete", {"name": text}).status_code == 400
+    assert caller.json("POST", "/api/repos/move", {"fromRepo": f"ada/{text}", "toRepo": "ada/b"}).status_code == 400
+    assert caller.json("POST", "/api/models/ada/bank/tag/main", {"tag": text}).status_code == 400
+    assert caller.commit("ada/bank", [hf.header(text), *hf.added({"a.txt": b"1"})]).status_code == 400
+    assert caller.commit("ada/bank", [hf.header(), *hf.added({text: b"1"})]).status_code == 400

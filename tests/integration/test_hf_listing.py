@@ -373,3 +373,19 @@ def test_a_merge_that_is_not_computed_has_a_commit_and_tells_of_its_job(repo, ad
         assert job.pk in response["X-Error-Message"]
         assert "X-Error-Code" not in response
         assert ("Retry-After" in response) == (status == 503)
+
+
+def test_a_yanked_expert_says_so_in_a_header_that_clients_show(repo, ada):
+    _, caller = ada
+    Expert.objects.filter(pk=repo.pk).update(yanked_at=repo.created_at, yank_reason="Trained on\nthe wrong rows; sorry")
+    for path in ("/api/models/ada/bank", "/ada/bank/resolve/main/README.md"):
+        assert caller.get(path)["X-HF-Warning"] == "yanked; ada/bank was yanked: Trained on the wrong rows; sorry"
+    assert caller.get("/api/models").json() == []
+
+
+@pytest.mark.parametrize("path", ["commit/{sha}", "blob/main/docs/a.md", "tree/main/docs"])
+def test_addresses_that_clients_print_lead_people_to_a_page(repo, path):
+    sha = head(repo).commit
+    response = hf.Caller().get("/ada/bank/" + path.format(sha=sha))
+    assert response.status_code == 302
+    assert response["Location"] == f"/ada/bank/tree/{sha if 'commit' in path else 'main'}"

@@ -74,6 +74,9 @@ def revisions() -> None:
     seen["branches"] = sorted(branch.name for branch in refs.branches)
     seen["tags made"] = [tag.name for tag in refs.tags]
     seen["files of v1"] = sorted(api.list_repo_files(REPO, revision="v1"))
+    seen["files by long names"] = [
+        sorted(api.list_repo_files(REPO, revision=name)) for name in ("refs/tags/v1", "refs/heads/dev")
+    ]
     api.delete_file("notes/first note.md", repo_id=REPO)
     seen["files after delete"] = sorted(api.list_repo_files(REPO))
     path = hf_hub_download(REPO, "notes/first note.md", revision=commits[0].commit_id)
