@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from local import processes
+
 ROOT = Path(__file__).resolve().parent.parent
 # Of these the hub under test must know nothing: they belong to the run of the tests.
 FOREIGN = ("DATABASE_URL", "BROKER_URL", "DJANGO_SETTINGS_MODULE", "HUB_")
@@ -72,5 +74,9 @@ def start(home: Path, *arguments: str, **extra: str) -> Hub:
 
 
 def stop(home: Path) -> None:
+    """Stop the hub of this home; none of its processes may be left."""
+    record = json.loads((home / "run.json").read_text())
     done = run("--stop", "--home", str(home))
     assert done.returncode == 0, done.stderr
+    left = [pid for pid in [*record["processes"].values(), record["supervisor"]] if processes.alive(pid)]
+    assert not left, f"left by --stop: {left}"

@@ -5,6 +5,7 @@ import os
 import pwd
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,13 +144,23 @@ def test_an_ordinary_user_starts_a_hub_whose_supervisor_is_killed_and_starts_it_
         assert time.monotonic() < deadline, "processes outlived their supervisor"
         time.sleep(0.2)
 
-    second = json.loads(as_user(user, *start))
+    # The next start is one in the foreground, ended by Ctrl-C.
+    argv = [str(ROOT / "bin" / "run"), *(argument for argument in start if argument != "--detach")]
+    child = processes.start(Command(argv, hubs.environment(), Path("/"), user=user), output=subprocess.PIPE)
+    said = []
+    while not said or "Moerge is ready" not in said[-1]:
+        said.append(child.stdout.readline().decode())
+        assert said[-1], "".join(said)
+    second = json.loads((home / "run.json").read_text())
+    assert second["url"] in said[-1]
     assert not set(second["processes"].values()) & set(first["processes"].values())
     headers = {"Authorization": f"Bearer {first['api_key']}"}
     assert get(f"{second['url']}/api/whoami-v2", **headers).json()["name"] == first["username"]
     assert get(f"{second['url']}/api/v1/experts").json()["items"] == []
 
-    as_user(user, "--stop", "--home", str(home))
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=120)
+    assert child.returncode == 0
     assert not [pid for pid in second["processes"].values() if processes.alive(pid)]
     assert not pids_of(home)
     assert not (home / "run.json").exists()
