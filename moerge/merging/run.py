@@ -257,8 +257,8 @@ def _report(
         )
     partly = sum(1 for module in modules if module.missing)
     if partly:
-        warnings.append(
-            f"{partly} of {len(modules)} modules are not in every expert; a missing one counts as"
-            f" {'a zero delta' if recipe.parameters.get('missing', 'zero') == 'zero' else 'absent'}."
+        counts = (
+            "which leaves them out there" if recipe.parameters.get("missing") == "skip" else "and add nothing there"
         )
+        warnings.append(f"{partly} of {len(modules)} modules are missing in some experts, {counts}.")
     return Report(recipe.method, rank, share, modules, tuple(warnings))

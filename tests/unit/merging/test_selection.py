@@ -96,8 +96,12 @@ def test_a_global_cut_ranks_over_all_tensors_in_sorted_name_order():
 
 
 def test_the_density_meant_is_kept_although_binary_falls_short():
-    values = np.arange(1.0, 6.0)
-    stream = Stream((Source("x", 1.0, {"w": values}),))
-    for density, count in ((0.2, 1), (1 - 0.8, 1), (0.39, 1), (0.4, 2), (0.6, 3), (1.0, 5), (0.01, 1)):
+    """1 - 0.8 is 0.19999999999999996 and 0.29 * 100 is 28.999999999999996."""
+    for size, density, count in (
+        (10, 1 - 0.8, 2), (100, 0.29, 29), (100, 0.57, 57), (5, 0.2, 1), (5, 0.39, 1), (5, 0.4, 2), (5, 0.59, 2),
+        (5, 1.0, 5), (5, 0.01, 1),
+    ):  # fmt: skip
+        values = np.arange(1.0, size + 1)
+        stream = Stream((Source("x", 1.0, {"w": values}),))
         cuts = selection.cuts(stream, density=density, scope="tensor")
-        assert cuts[0, "w"].mask(values, 0).sum() == count, density
+        assert cuts[0, "w"].mask(values, 0).sum() == count, (size, density)
