@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerge.errors import IndexInvalid, QueryInvalid
-from moerge.routing import cards
+from moerge.routing import cards, partition
 from moerge.routing.base import Query
 from moerge.routing.state import State
 from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, state, unit
@@ -109,6 +109,12 @@ def test_equal_scores_are_ordered_by_expert_id():
     hits = state(*filler[:9], *twins, *filler[9:]).rank(Query(text="x", vector=unit(1, 2)), limit=5).hits
     assert [hit.expert for hit in hits] == ["o/a", "o/b", "o/c", "o/d", "o/e"]
     assert len({hit.score for hit in hits}) == 1
+
+
+def test_equal_scores_on_two_bases_are_ordered_by_expert_id_too():
+    twins = [entry(f"o/{name}", base=f"base/{name}", vectors=[unit(1, 1)]) for name in "dbeac"]
+    hits = state(*twins).rank(Query(text="zzz", vector=unit(1, 2))).hits
+    assert [hit.expert for hit in hits] == ["o/a", "o/b", "o/c", "o/d", "o/e"]
 
 
 def test_equal_bm25_scores_at_the_edge_of_the_candidates_keep_the_smaller_ids():
@@ -252,9 +258,18 @@ def test_an_edited_card_no_longer_matches_its_old_words_and_vectors():
 def test_a_state_that_others_still_read_does_not_change():
     before = state(*crowd(10, seed=3))
     answer = before.rank(question(3))
+    before.changed(seq=2, removed={f"base/a/{number:03d}" for number in range(5)})
     before.changed(seq=2, removed={"base/a/001"}, put=[entry("base/a/002", description="salt")])
     assert before.rank(question(3)) == answer
     assert (before.seq, len(before)) == (1, 10)
+
+
+def test_a_partition_replaces_what_it_has_of_an_expert_that_is_put_in_again():
+    part = partition.empty(DIMENSION).changed(put=[entry("o/a", examples=("x", "y")), entry("o/b")], removed=())
+    again = part.changed(put=[entry("o/a", description="salt")], removed=())
+    assert (len(again), len(again.vectors), again.words.document_count) == (2, 4, 2)
+    assert again.candidates(Query(text="salt")).experts == ("o/a",)
+    assert again.candidates(Query(text="x")).experts == ()
 
 
 def test_vectors_of_another_width_do_not_enter():
