@@ -61,10 +61,11 @@ def test_the_facts_of_a_good_adapter(make):
     assert (facts.saved, facts.biases, facts.blockers, facts.warnings, facts.is_mergeable) == ((), (), (), (), True)
 
 
-def test_a_rank_that_disagrees_with_the_weights_is_refused(make):
-    error = refused(make(r=4))
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_rank_that_disagrees_with_the_weights_is_refused(make, rank):
+    error = refused(make(r=rank))
     assert (error.pointer, error.met) == (KEY.format(Q, "A"), 2)
-    assert error.wanted == "4, from r or rank_pattern in adapter_config.json"
+    assert error.wanted == f"{rank}, from r or rank_pattern in adapter_config.json"
     assert error.rule == "T4"
 
 

@@ -211,6 +211,12 @@ def test_an_impossible_shape_is_refused(shape):
     assert error.wanted == "at most 8 whole numbers from 0 to 2147483648"
 
 
+def test_a_dimension_of_exactly_the_limit_is_read_and_one_more_is_not():
+    data = raw.dump({"a": raw.entry("F32", [1, 4], [0, 16])}, bytes(16))
+    assert header.parse(data, len(data), header.Limits(dimension=4))
+    assert refused(data, header.Limits(dimension=3)).met == "[1, 4]"
+
+
 def test_a_tensor_without_values_is_refused_and_sharding_is_named():
     error = refused(raw.dump({"a": raw.entry("F32", [0, 4], [0, 0])}, b""))
     assert (error.met, error.wanted) == ("[0, 4]", "every dimension at least 1")
