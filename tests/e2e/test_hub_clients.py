@@ -129,7 +129,8 @@ def test_stock_peft_loads_a_merge_by_the_name_of_a_parent_while_it_is_still_comp
     api = HfApi(endpoint=hub.url, token=hub.api_key)
     for seed, name in enumerate(("half-a", "half-b"), start=1):
         folder = tiny.write(tiny.lora(seed=seed, rank=4 * seed), tmp_path / name)
-        api.create_repo(f"{hub.username}/{name}")
+        # Private, so that routing over the demo experts does not see them.
+        api.create_repo(f"{hub.username}/{name}", private=True)
         api.upload_folder(repo_id=f"{hub.username}/{name}", folder_path=folder)
         wait_until_ready(hub, f"{hub.username}/{name}")
     experts = [{"expert": f"{hub.username}/half-{half}", "weight": weight} for half, weight in (("a", 0.7), ("b", 0.3))]
@@ -145,6 +146,8 @@ def test_stock_peft_loads_a_merge_by_the_name_of_a_parent_while_it_is_still_comp
     )
     assert seen["effect"] > 0.01
     assert seen["difference"] == dict.fromkeys(names, 0.0)
+    for half in ("half-a", "half-b"):
+        api.delete_repo(f"{hub.username}/{half}")
 
 
 def wait_until_ready(hub: Hub, full_name: str) -> None:
