@@ -156,6 +156,11 @@ def weights_of(params, count):
     return weights if isinstance(weights, list) else [1.0] * count
 
 
+def plain_value(params, name, default):
+    """A parameter, or the default where it is absent or null."""
+    return default if params.get(name) is None else params[name]
+
+
 def density_of(params):
     for name in ("density", "keep_fraction", "keep_top"):
         if name in params:
@@ -176,11 +181,14 @@ def min_keep_of(params, default):
 
 
 def linear(params):
-    return "linear", {"normalize": params.get("normalize", False)}
+    return "linear", {"normalize": plain_value(params, "normalize", False)}
 
 
 def task_arithmetic(params):
-    return "task_arithmetic", {"scale": params.get("scale", 1.0), "normalize": params.get("normalize", False)}
+    return "task_arithmetic", {
+        "scale": plain_value(params, "scale", 1.0),
+        "normalize": plain_value(params, "normalize", False),
+    }
 
 
 def magnitude_prune(params):
@@ -188,8 +196,8 @@ def magnitude_prune(params):
         "density": density_of(params),
         "scope": scope_of(params),
         "min_keep": min_keep_of(params, 0 if "combination_type" in params else 1),
-        "scale": params.get("scale", 1.0),
-        "normalize": params.get("normalize", False),
+        "scale": plain_value(params, "scale", 1.0),
+        "normalize": plain_value(params, "normalize", False),
     }
 
 
@@ -204,10 +212,10 @@ def ties(params):
     parameters = {
         "variant": variant,
         "density": density_of(params),
-        "scale": params.get("scale", 1.0),
+        "scale": plain_value(params, "scale", 1.0),
         "elect": params.get("majority_sign_method", "total"),
         "aggregate": next((word for word in ("mean", "sum", "max") if merge.endswith(f"dis-{word}")), "mean"),
-        "normalize": params.get("normalize", True),
+        "normalize": plain_value(params, "normalize", True),
     }
     if "scope" in params:
         parameters["scope"] = scope_of(params)
@@ -223,8 +231,8 @@ def dare(params):
         "density": density_of(params),
         "rescale": "l1" if "l1" in str(params.get("rescale", "")) else "density",
         "elect": "ties" if "elect" in params else "none",
-        "normalize": params.get("normalize", False),
-        "scale": params.get("scale", 1.0),
+        "normalize": plain_value(params, "normalize", False),
+        "scale": plain_value(params, "scale", 1.0),
     }
 
 
@@ -240,14 +248,14 @@ def breadcrumbs(params):
         "density": density_of(params),
         "gamma": params["gamma"] if "gamma" in params else params["remove_top"],
         "scope": scope_of(params),
-        "scale": params.get("scale", 1.0),
-        "normalize": params.get("normalize", False),
+        "scale": plain_value(params, "scale", 1.0),
+        "normalize": plain_value(params, "normalize", False),
     }
 
 
 def magmax(params):
     tie = next((word for word in ("first", "mean") if word in str(params.get("tie", ""))), "last")
-    return "magmax", {"scale": params.get("scale", 1.0), "tie": tie}
+    return "magmax", {"scale": plain_value(params, "scale", 1.0), "tie": tie}
 
 
 def sce(variant):
@@ -255,21 +263,21 @@ def sce(variant):
 
 
 def pcb(params):
-    return "pcb", {"ratio": params["ratio"], "scale": params.get("scale", 1.0)}
+    return "pcb", {"ratio": params["ratio"], "scale": plain_value(params, "scale", 1.0)}
 
 
 def consensus_ta(params):
     return "consensus_ta", {
-        "threshold": params["tall_lambda"], "min_experts": params["min_tasks"], "scale": params.get("scale", 1.0),
+        "threshold": params["tall_lambda"], "min_experts": params["min_tasks"], "scale": plain_value(params, "scale", 1.0),
     }  # fmt: skip
 
 
 def iso_cts(params):
-    return "iso_cts", {"common": params["common_space_fraction"], "scale": params.get("scale", 1.0)}
+    return "iso_cts", {"common": params["common_space_fraction"], "scale": plain_value(params, "scale", 1.0)}
 
 
 def scaled(method):
-    return lambda params: (method, {"scale": params.get("scale", 1.0)})
+    return lambda params: (method, {"scale": plain_value(params, "scale", 1.0)})
 
 
 def opcm(params):

@@ -250,7 +250,7 @@ def test_progress_is_told_a_hundred_times_at_most(tmp_path):
 def test_a_merge_takes_no_more_memory_than_was_said_before(tmp_path, method, rank):
     modules = {f"layer.{i}": (700, 900, 4) for i in range(6)}
     experts = [write(tmp_path / name, modules) for name in "abc"]
-    shapes = {name: (700, 900) for name in modules}
+    shapes = dict.fromkeys(modules, (700, 900))
     merge(tmp_path / "warm", experts[:1], [1], method)
     tracemalloc.start()
     report = merge(tmp_path / "out", experts, [1, 1, 1], method, output={"rank": rank})
