@@ -103,7 +103,11 @@ def test_a_key_without_scope_read_sees_what_everybody_sees(secret):
     from registry.services import keys
 
     writer = hf.Caller(keys.create(user=made.created_by, name="ci", scopes=["write"])[1])
-    assert writer.get("/api/models/ada/bank")["X-Error-Code"] == "RepoNotFound"
+    commit = Ref.objects.get(expert=made, name="main").revision.commit
+    for method, path in READS:
+        hidden = writer.send(method, path.format(id="ada/bank", commit=commit), data=b"{}", kind="application/json")
+        assert hidden["X-Error-Code"] == "RepoNotFound"
+    assert writer.get("/api/models").json() == []
     hf.expert(made.created_by, "open", tiny.lora(seed=3))
     assert writer.get("/api/models/ada/open").status_code == 200
 
