@@ -22,6 +22,8 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_KEEPCAPS = 8
+PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 1 << 2
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 CAP_DAC_OVERRIDE = 1
@@ -112,6 +114,8 @@ def _become(user: User) -> None:
     """Change group and user for good; with `sees_all` keep the one capability that passes closed folders."""
     if user.sees_all and _LIBC is not None:
         _LIBC.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
+        # Else the kernel answers access(2), by which PostgreSQL looks at its programs, as if there were no right.
+        _LIBC.prctl(PR_SET_SECUREBITS, SECBIT_NO_SETUID_FIXUP, 0, 0, 0)
     os.setgroups([])
     os.setgid(user.gid)
     os.setuid(user.uid)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import subprocess
@@ -165,24 +166,52 @@ with postgres.running(folder, password={PASSWORD!r}, log=folder / "log") as url:
         time.sleep(0.1)
 
 
-def test_programs_that_the_servers_user_cannot_reach_are_copied_beside_the_data(tmp_path_factory):
+@pytest.fixture
+def closed_programs(tmp_path_factory):
+    """Programs of PostgreSQL in a folder that only its owner may enter, below one that all may."""
     top = tmp_path_factory.getbasetemp().parent.parent / f"moerge-closed-{os.getpid()}"
     closed = top / "closed"
+    closed.mkdir(parents=True)
+    top.chmod(0o755)
+    package = postgres.packaged_programs().parent.parent
+    for source in (package, package.with_name(f"{package.name}.libs")):
+        shutil.copytree(source, closed / source.name, symlinks=True)
+    closed.chmod(0o700)
+    yield closed / package.name / "pginstall" / "bin"
+    shutil.rmtree(top, ignore_errors=True)
+
+
+def test_programs_that_the_servers_user_cannot_reach_are_copied_beside_the_data(closed_programs):
+    folder = closed_programs.parents[3] / "pg"
+    server = postgres.prepare(folder, password=PASSWORD, programs=closed_programs)
+    is_root = os.geteuid() == 0
+    assert server.programs.is_relative_to(folder) == is_root
+    assert (server.programs == closed_programs) != is_root
+    assert (server.data / "PG_VERSION").exists()
+
+
+def test_a_checkout_in_a_closed_folder_keeps_its_data_and_its_programs_there(closed_programs):
+    folder = closed_programs.parents[2] / "pg"
+    server = postgres.prepare(folder, password=PASSWORD, programs=closed_programs)
+    assert server.programs == closed_programs
+    assert not (folder / "programs").exists()
+    port = processes.free_port()
+    with (folder / "log").open("ab") as log:
+        child = processes.start(postgres.serve(server, port=port), output=log)
     try:
-        closed.mkdir(parents=True)
-        top.chmod(0o755)
-        package = postgres.packaged_programs().parent.parent
-        for source in (package, package.with_name(f"{package.name}.libs")):
-            shutil.copytree(source, closed / source.name, symlinks=True)
-        closed.chmod(0o700)
-        programs = closed / package.name / "pginstall" / "bin"
-        server = postgres.prepare(top / "pg", password=PASSWORD, programs=programs)
-        is_root = os.geteuid() == 0
-        assert server.programs.is_relative_to(top / "pg") == is_root
-        assert (server.programs == programs) != is_root
-        assert (server.data / "PG_VERSION").exists()
+        deadline = time.monotonic() + 30
+        while not postgres.accepts(postgres.url(server, port=port)):
+            assert child.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # Of all the rights of root the server has the one that passes folders, and no other.
+        if os.geteuid() == 0:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            assert re.search(r"^CapEff:\t0+[24]$", status, re.MULTILINE)
+            assert psutil.Process(child.pid).uids().effective == processes.nobody().uid
     finally:
-        shutil.rmtree(top, ignore_errors=True)
+        processes.end(child.pid, first=signal.SIGINT, seconds=20)
+        child.wait()
 
 
 def test_an_ordinary_user_runs_a_server_without_changing_any_owner(tmp_path):
