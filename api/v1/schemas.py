@@ -185,13 +185,19 @@ class RouteResult(s.Serializer[Any]):
     expert = s.CharField()
     revision = s.CharField()
     score = s.FloatField()
+    base_model = s.CharField()
     confidence = s.ChoiceField(["high", "medium", "low"])
-    parts = s.JSONField()
+    parts = s.JSONField(help_text="s_ex, s_desc, s_cen (without an encoder absent) and bm25.")
+    matched_example_index = s.IntegerField(allow_null=True, help_text="Which example of the card is nearest, from 0.")
+    matched_example = s.CharField(required=False, help_text="Its text, with `explain`.")
 
 
 class RouteAnswer(s.Serializer[Any]):
     results = RouteResult(many=True, required=False)
     abstained = s.BooleanField(required=False)
+    min_score = s.FloatField(required=False, help_text="The threshold that was used.")
+    strategy = s.CharField(required=False)
+    degraded = s.BooleanField(required=False, help_text="Words alone decided, because the encoder is still loading.")
     answers = s.ListField(child=s.JSONField(), required=False, help_text="One answer for each of `texts`.")
     index_seq = s.IntegerField()
     embedding_model = s.CharField(allow_null=True)

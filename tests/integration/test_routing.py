@@ -194,7 +194,9 @@ def test_a_query_that_breaks_a_rule_is_refused_with_its_field(router, name):
 
 
 def test_the_longest_text_and_the_most_texts_are_answered(experts):
-    answer = routing.route(viewer=None, texts=["flight " * 2857 + "x"] * 32, base_model="base/one", min_score=0, top_k=50)
+    answer = routing.route(
+        viewer=None, texts=["flight " * 2857 + "x"] * 32, base_model="base/one", min_score=0, top_k=50
+    )
     assert len(answer["answers"]) == 32
     assert all(names(one)[0] == "ann/travel" for one in answer["answers"])
 
