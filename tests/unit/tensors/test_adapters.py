@@ -314,11 +314,19 @@ def test_the_largest_and_smallest_finite_values_pass(make):
 
 
 def test_a_value_late_in_a_large_tensor_is_found_at_its_place(make):
-    values = np.zeros((2, 3_000_000), np.float32)
-    values[1, 2_999_999] = np.inf
+    values = np.zeros((2, 5_000_000), np.float32)
+    values[1, 4_999_999] = np.inf
     _, head, path = make({KEY.format(Q, "A"): values})
-    with pytest.raises(AdapterInvalid, match="position 5999999"):
+    with pytest.raises(AdapterInvalid, match="position 9999999"):
         adapters.scan_finite(path, head)
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_a_factor_with_one_value_anywhere_is_not_taken_for_untrained(make, position):
+    values = np.zeros((5_000_000, 2), np.float32)
+    values.ravel()[position] = 1
+    _, head, path = make({KEY.format(Q, "B"): values})
+    assert adapters.scan_finite(path, head) == ()
 
 
 def test_factors_that_training_never_moved_are_warned_about(make):

@@ -182,6 +182,7 @@ def test_both_projections_of_a_multihead_attention_come_back(tmp_path):
     assert list(adapter.modules) == ["attention", "attention.base_layer.out_proj"]
     pairs = {module: (part.scaling * part.B, part.A) for module, part in adapter.modules.items()}
     adapters.save_lora(tmp_path / "b", pairs, base_model=None)
+    assert read(tmp_path / "b")[0].target_modules == ("attention",)
     values = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert float((tiny.loaded(tmp_path / "b", base=Attention)(values) - model(values)).abs().max()) < 1e-4
