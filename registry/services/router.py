@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from django.db import DatabaseError, connection
+from django.db import DatabaseError, InterfaceError, connection
 from numpy.typing import NDArray
 
 from moerge import embedding
@@ -199,7 +199,7 @@ class Router:
         while not self._stopped.is_set():
             try:
                 self.refresh()
-            except DatabaseError as error:
+            except (DatabaseError, InterfaceError) as error:
                 log.warning("The database did not tell the changes.", extra={"error.detail": str(error)})
                 connection.close()
             self._wake.wait(POLL_SECONDS)

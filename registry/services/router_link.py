@@ -2,6 +2,7 @@
 
 import atexit
 import base64
+import json
 from functools import cache
 from typing import Any
 
@@ -66,13 +67,15 @@ def _ask(method: str, path: str, *, body: dict[str, Any] | None, seconds: float)
 
 def _send(method: str, path: str, *, body: dict[str, Any] | None, seconds: float) -> httpx.Response:
     url = settings.HUB_ROUTER_URL.rstrip("/") + path
-    headers = {SECRET_HEADER: settings.HUB_ROUTER_SECRET}
+    headers = {SECRET_HEADER: settings.HUB_ROUTER_SECRET, "Content-Type": "application/json"}
     timeout = httpx.Timeout(seconds, connect=2.0)
+    # In ASCII, because half of a surrogate pair, which JSON may carry, has no bytes in UTF-8.
+    content = None if body is None else json.dumps(body).encode("ascii")
     try:
-        return _client().request(method, url, json=body, headers=headers, timeout=timeout)
+        return _client().request(method, url, content=content, headers=headers, timeout=timeout)
     except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
         # The connection was kept alive to a router that has gone since; asking twice changes nothing there.
-        return _client().request(method, url, json=body, headers=headers, timeout=timeout)
+        return _client().request(method, url, content=content, headers=headers, timeout=timeout)
 
 
 def _reason(response: httpx.Response) -> str:

@@ -201,6 +201,11 @@ def test_the_longest_text_and_the_most_texts_are_answered(experts):
     assert all(names(one)[0] == "ann/travel" for one in answer["answers"])
 
 
+@pytest.mark.parametrize("text", ["book \ud83d a flight", "book\0a flight", "book a flight ✈️ nach Zürich 机票"])
+def test_texts_with_odd_characters_are_answered_like_any_other(experts, text):
+    assert names(routing.route(viewer=None, text=text, base_model="base/one", min_score=0))[0] == "ann/travel"
+
+
 def test_no_experts_at_all_give_an_empty_answer(router):
     router.refresh()
     answer = routing.route(viewer=None, text="hello")

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from django.db import connection, transaction
+from django.db import InterfaceError, OperationalError, connection, transaction
 
 from moerge import embedding
 from moerge.routing import cards
@@ -391,6 +391,25 @@ def test_two_routers_see_a_change_without_being_asked(router, encoder):
     finally:
         router.stop()
         other.stop()
+
+
+@committed
+@pytest.mark.parametrize("trouble", [OperationalError("gone"), InterfaceError("closed")])
+def test_a_router_goes_on_after_any_trouble_of_the_database(router, monkeypatch, trouble):
+    real, asked = RoutingClock.objects.order_by, []
+
+    def away(*fields):
+        asked.append(fields)
+        if len(asked) == 1:
+            raise trouble
+        return real(*fields)
+
+    monkeypatch.setattr(RoutingClock.objects, "order_by", away, raising=False)
+    router._follower.start()
+    try:
+        until(lambda: router._state is not None)
+    finally:
+        router.stop()
 
 
 @committed
