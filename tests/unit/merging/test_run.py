@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import recipe, run
-from moerge.tensors import adapters
+from moerge.tensors import adapters, header
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
@@ -190,6 +190,8 @@ def test_the_dtype_asked_for_is_written(tmp_path, pair, dtype):
     step = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
     error = np.abs(merged.delta() - wanted).max()
     assert 0 < error < 8 * step * np.abs(wanted).max()
+    stored = {info.dtype for info in header.read(tmp_path / "out" / "adapter_model.safetensors").tensors.values()}
+    assert stored == {{"bfloat16": "BF16", "float16": "F16"}[dtype]}
 
 
 @pytest.mark.parametrize("method", ["linear", "svd", "ties", "dare", "iso_c"])
@@ -202,9 +204,10 @@ def test_the_same_bytes_are_written_whoever_computes_them(tmp_path, method):
     for number, extra in enumerate(options):
         merge(tmp_path / f"out{number}", experts, weights, method, **extra)
         bodies.add((tmp_path / f"out{number}" / "adapter_model.safetensors").read_bytes())
-    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
-        merge(tmp_path / "blas", experts[::-1], weights[::-1], method)
-    bodies.add((tmp_path / "blas" / "adapter_model.safetensors").read_bytes())
+    for limit in (1, 2, 4):
+        with threadpoolctl.threadpool_limits(limits=limit, user_api="blas"):
+            merge(tmp_path / f"blas{limit}", experts[::-1], weights[::-1], method)
+        bodies.add((tmp_path / f"blas{limit}" / "adapter_model.safetensors").read_bytes())
     assert len(bodies) == 1
 
 
