@@ -313,17 +313,16 @@ class _Automaton:
             if not whole and match in self._closure(state, budget, at_start=position == 0, at_end=False):
                 return True
             step = self._next.get((state, character))
-            # The start differs from the same state later, because ^ holds there.
-            if step is None or position == 0:
+            # The first state never comes back, so what is remembered for it always means the start, where ^ holds.
+            if step is None:
                 if self._entries > self._MAX_ENTRIES:
                     return None
                 closed = self._closure(state, budget, at_start=position == 0, at_end=False)
                 bit = ord(character)
                 program = self._program
                 step = frozenset(at + 1 for at in closed if program[at][0] == "char" and program[at][1] >> bit & 1)
-                if position:
-                    self._entries += 1 + len(step)
-                    self._next[state, character] = step
+                self._entries += 1 + len(step)
+                self._next[state, character] = step
             if not step:
                 return False
             state = step

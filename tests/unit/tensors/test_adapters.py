@@ -118,6 +118,12 @@ def test_a_tensor_without_a_place_is_refused(make, name):
     assert "one and the same adapter" in error.remedy
 
 
+def test_a_saved_module_without_pefts_prefix_is_refused(make):
+    error = refused(make({"head.weight": ones(2)}, modules_to_save=["head"]))
+    assert error.pointer == "head.weight"
+    assert error.wanted.startswith("a name that starts with base_model.model.")
+
+
 def test_a_file_without_any_tensor_of_its_kind_is_refused(make):
     changes = {KEY.format(module, factor): None for module in (Q, V) for factor in "AB"}
     config, head, _ = make({**changes, "base_model.model.head.weight": ones(2)}, modules_to_save=["head"])
