@@ -50,8 +50,8 @@ def _write_merge_methods(path: Path) -> None:
     lines = [
         "# Merge methods",
         "",
-        "Written from the catalogue by `bin/docs`. Weights are those of the experts in a recipe; `density` is the share",
-        "of values kept. All methods work on deltas (scaling times B times A), never on the factors alone.",
+        "Written from the catalogue by `bin/docs`. Weights are those of the experts in a recipe; `density` is the",
+        "share of values kept. All methods work on deltas (scaling times B times A), never on the factors alone.",
     ]
     for name, spec in merging.catalogue().items():
         lines += ["", f"## {name}", "", f"{spec.summary} {spec.paper}".strip(), ""]
