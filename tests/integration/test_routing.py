@@ -75,6 +75,8 @@ def test_a_base_model_is_found_by_its_alias_and_never_mixed_with_another(experts
     assert names(routing.route(viewer=None, text=text, base_model="Short-Three", min_score=0)) == ["ann/third"]
     assert names(routing.route(viewer=None, text=text, base_model="base/two", min_score=0)) == ["bob/travel-other"]
     assert len(names(routing.route(viewer=None, text=text, min_score=0))) == 5
+    # The threshold among the one expert of this base, not among the three of the first.
+    assert routing.route(viewer=None, text=text, base_model="base/two")["min_score"] == 0.108
 
 
 def test_an_unknown_base_model_is_refused(experts):
