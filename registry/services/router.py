@@ -160,7 +160,6 @@ class Router:
             if (before := self._ids.pop(change.expert_id, None)) is not None:
                 del self._owners[before]
                 removed.add(before)
-                put.pop(before, None)
             entry = entries.get(change.seq)
             if entry is not None:
                 expert = entry.card.expert
