@@ -19,6 +19,8 @@ def main() -> None:
     from django.conf import settings  # noqa: PLC0415 - the settings exist after the line above.
 
     home = Home(Path(settings.HUB_HOME))
+    # The server of static files warns at each of its starts when its folder is absent.
+    Path(settings.STATIC_ROOT).mkdir(exist_ok=True)
     call_command("migrate", interactive=False, verbosity=0)
     call_command("sync_catalogue")
     from registry.services import keys  # noqa: PLC0415 - models exist after the set-up.
