@@ -8,12 +8,12 @@ from registry.errors import HubError, NotFound
 
 
 def not_found(request: HttpRequest, exception: Exception | None = None) -> HttpResponse:  # noqa: ARG001 - named by Django
-    return _answer(request, NotFound("There is nothing at this address."))
+    return answer(request, NotFound("There is nothing at this address."))
 
 
 def broken(request: HttpRequest) -> HttpResponse:
-    return _answer(request, HubError("An error of the hub; the log has it under this request id."))
+    return answer(request, HubError("An error of the hub; the log has it under this request id."))
 
 
-def _answer(request: HttpRequest, error: HubError) -> HttpResponse:
+def answer(request: HttpRequest, error: HubError) -> HttpResponse:
     return problems.answer(error) if request.path.startswith("/api/") else common.problem(request, error)

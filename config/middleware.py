@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from django.http import HttpRequest, HttpResponse
 
+from config import handlers
 from registry import telemetry
+from registry.errors import Fault, RequestMalformed
 
 log = logging.getLogger("hub.request")
 ACCEPTABLE_ID = re.compile(r"[A-Za-z0-9-]{8,64}")
@@ -52,3 +54,16 @@ class RequestContext:
             return response
         finally:
             telemetry.request_id.reset(token)
+
+
+class NoNul:
+    """Refuse addresses with a NUL character at once: no name holds one, and PostgreSQL cannot even look for it."""
+
+    def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: HttpRequest) -> HttpResponse:
+        if "\0" in request.path or "%00" in request.META.get("QUERY_STRING", ""):
+            fault = Fault("url", "%00", "an address without NUL characters", "Take it out.")
+            return handlers.answer(request, RequestMalformed("The address holds a NUL character.", faults=[fault]))
+        return self.get_response(request)

@@ -89,6 +89,8 @@ def revision(repository: Repository, name: str = "main") -> Revision:
         found = Revision.objects.filter(merge=repository.merge).first() if known else None
     elif COMMIT.fullmatch(name):
         found = Revision.objects.filter(expert=repository.expert, commit=name).first()
+    elif "\0" in name:
+        found = None
     else:
         ref = Ref.objects.filter(expert=repository.expert, name=name).select_related("revision").first()
         found = ref.revision if ref else None

@@ -6,7 +6,7 @@ from django.shortcuts import render
 
 from frontend.views.common import page
 from registry import selectors
-from registry.errors import QueryInvalid
+from registry.errors import Invalid
 from registry.models import BaseModel, Expert
 from registry.services import routing
 
@@ -38,7 +38,7 @@ def answer(request: HttpRequest) -> dict[str, object]:
         return {"query": "", "base": base, "answer": None}
     try:
         found = routing.route(viewer=request.user, text=text, base_model=base or None, top_k=5, explain=True)
-    except QueryInvalid as error:
+    except Invalid as error:
         return {"query": text, "base": base, "answer": None, "error": error}
     names = [result["expert"] for result in found["results"]]
     experts = {expert.full_name: expert for expert in selectors.experts_named(names, request.user)}

@@ -53,7 +53,7 @@ def resolve(name: str | None, *, pointer: str = POINTER) -> BaseModel:
     cleaned = PAGE.sub("", name.strip()).rstrip("/")
     if is_path(cleaned):
         raise unknown(name, pointer=pointer, what="The base model is given as a path on somebody's machine")
-    found = _find(cleaned)
+    found = None if "\0" in cleaned else _find(cleaned)
     if found is None:
         raise unknown(name, pointer=pointer, what="The base model is not known here")
     return found.quantised_from or found

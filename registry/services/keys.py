@@ -30,7 +30,12 @@ def create(*, user: User, name: str, scopes: Iterable[str], expires_at: datetime
         raise NotAllowed("Only an administrator may make a key with scope admin.")
     secret = PREFIX + secrets.token_urlsafe(32)
     key = ApiKey.objects.create(
-        user=user, name=name[:80], digest=digest(secret), prefix=secret[:10], scopes=wanted, expires_at=expires_at
+        user=user,
+        name=name.replace("\0", "")[:80],
+        digest=digest(secret),
+        prefix=secret[:10],
+        scopes=wanted,
+        expires_at=expires_at,
     )
     audit.record(user, "key.create", key.prefix, scopes=wanted)
     return key, secret

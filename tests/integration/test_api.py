@@ -300,3 +300,32 @@ def test_routing_questions_that_break_a_rule_are_refused_before_the_router_is_as
         assert_problem(answer, 422, "request-invalid")
         assert answer.json()["errors"][0]["pointer"] == pointer
     assert Job.objects.count() == 0
+
+
+NUL_PATHS = (
+    "/a%00b/c", "/a%00b", "/merges/a%00", "/docs/a%00", "/?q=a&base_model=%00", "/search?search=%00",
+    "/api/v1/experts/a%00/b", "/api/v1/experts?owner=a%00", "/api/v1/jobs/a%00", "/api/v1/merges/a%00",
+    "/api/v1/by-hash/a%00", "/api/v1/methods?family=%00", "/api/v1/experts/a/b/compressed?revision=%00",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NUL_PATHS)
+def test_an_address_with_a_nul_character_is_refused_and_not_looked_up(path: str, client) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 400
+    if path.startswith("/api/"):
+        assert_problem(answer, 400, "request-malformed")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"base_model": "a\0"},
+        {"experts": [{"expert": "ann/tea", "revision": "a\0"}]},
+        {"experts": [{"expert": "a\0/b"}]},
+    ],
+)
+def test_a_recipe_with_a_nul_character_is_refused(changes: dict, ann) -> None:
+    factories.ready(factories.revision(ann[0], factories.expert(ann[0], "tea")))
+    body = {"method": "linear", "experts": [{"expert": "ann/tea", "weight": 1}], **changes}
+    assert ann[1].json("POST", "/api/v1/merges", body).status_code in {404, 422}
