@@ -149,4 +149,4 @@ def test_an_expert_that_is_uploaded_to_the_composed_services_becomes_ready_is_fo
     assert uploader.client.get(path, follow_redirects=True).content == tree["adapter_model.safetensors"]
     uploader.close()
     assert [name for name, child in composed.children.items() if child.poll() is not None] == []
-    assert "sweep" in composed.log("beat")
+    composed.wait("beat", lambda: "sweep" in composed.log("beat"), seconds=60)
