@@ -50,6 +50,8 @@ def ready(_request: HttpRequest) -> HttpResponse:
     response = JsonResponse({"ready": is_ready, "parts": parts}, status=200 if is_ready else 503)
     if not is_ready:
         response["Retry-After"] = "2"
+        # Django would log every 503 as an error; here it is the ordinary answer of a start.
+        response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001
     return response
 
 
@@ -90,14 +92,26 @@ def router() -> dict[str, Any]:
 def _ping_workers() -> dict[str, Any]:
     wanted = {"light", "heavy"}
     try:
-        answers = current_app.control.ping(timeout=1.5, limit=2) or []
+        # The first two answers are enough as a rule; with several workers of one kind they may come from the same kind.
+        names = _answering(limit=len(wanted))
+        if wanted - _kinds(names):
+            names = _answering(limit=None)
     except (BrokerError, OSError) as error:
         return {"state": "down", "reason": f"The queue does not answer: {error}"}
-    names = {name for answer in answers for name in answer}
-    missing = sorted(wanted - {name.partition("@")[0].rstrip("0123456789") for name in names})
+    missing = sorted(wanted - _kinds(names))
     if missing:
         return {"state": "down", "reason": f"No worker answers for: {', '.join(missing)}.", "answering": sorted(names)}
     return {"state": "ready", "answering": sorted(names)}
+
+
+def _answering(*, limit: int | None) -> set[str]:
+    answers = current_app.control.ping(timeout=1.5, limit=limit) or []
+    return {name for answer in answers for name in answer}
+
+
+def _kinds(names: set[str]) -> set[str]:
+    """The queues that workers of these names serve: light@host, heavy-2@host."""
+    return {name.partition("@")[0].rstrip("-0123456789") for name in names}
 
 
 workers = Remembered(_ping_workers, seconds=2.0)
