@@ -1,9 +1,11 @@
 """The REST API: what each door lets whom do, and how it refuses."""
 
 import json
+from datetime import timedelta
 
 import pytest
 from django.urls import URLPattern, get_resolver
+from django.utils import timezone
 
 from registry.models import ApiKey, Expert, Job, Revision
 from registry.services import experts
@@ -193,6 +195,17 @@ def test_a_key_makes_weaker_keys_and_is_stored_as_a_digest(ann) -> None:
     assert secret not in json.dumps(listed)
     assert ann[1].send("DELETE", f"/api/v1/keys/{made.json()['id']}").status_code == 204
     assert_problem(weak.get("/api/v1/keys"), 401, "unauthenticated")
+
+
+def test_a_key_ends_with_its_time_and_with_its_user(ann) -> None:
+    past, future = timezone.now() - timedelta(seconds=1), timezone.now() + timedelta(hours=1)
+    key = ApiKey.objects.get(user=ann[0])
+    for ends, status in ((past, 401), (future, 200), (None, 200)):
+        ApiKey.objects.filter(pk=key.pk).update(expires_at=ends)
+        assert ann[1].get("/api/v1/keys").status_code == status
+    ann[0].is_active = False
+    ann[0].save()
+    assert_problem(ann[1].get("/api/v1/experts"), 401, "unauthenticated")
 
 
 def test_a_key_of_somebody_else_cannot_be_revoked(ann, rob) -> None:
