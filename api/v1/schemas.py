@@ -43,7 +43,7 @@ class Problem(s.Serializer[Any]):
 def problems(*statuses: int) -> dict[Any, OpenApiResponse]:
     """The error answers of an operation. Every operation may also be throttled or meet a server that is away."""
     meanings = {
-        400: "The body cannot be parsed.",
+        400: "The body or the address cannot be parsed.",
         401: "No key, or a key that is not valid.",
         403: "Known but not allowed.",
         404: "Absent, or hidden from the caller.",
@@ -58,7 +58,7 @@ def problems(*statuses: int) -> dict[Any, OpenApiResponse]:
         500: "An error of the hub.",
         503: "Something is away for the moment; Retry-After says when.",
     }
-    wanted = sorted({*statuses, 401, 405, 429, 503})
+    wanted = sorted({*statuses, 400, 401, 405, 429, 503})
     return {
         (status, "application/problem+json"): OpenApiResponse(Problem, description=meanings[status])
         for status in wanted
