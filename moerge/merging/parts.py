@@ -88,3 +88,21 @@ def agree(values: Array, signs: Array) -> Mask:
 def divide(numerator: Array, divisor: Array) -> Array:
     """numerator / divisor, and the numerator alone where the divisor is 0."""
     return np.asarray(numerator / (divisor + (divisor == 0)).astype(numerator.dtype, copy=False))
+
+
+def combine(values: Array, weights: npt.NDArray[np.float64], *, elect: bool, normalize: bool, scale: float) -> Array:
+    """The weighted sum of what was left after dropping: (experts, values), (experts,) -> (values,).
+
+    `elect` sums only what agrees with the elected sign of the weighted values, as TIES does; `normalize` divides by the
+    weights that were summed.
+    """
+    weighted = weigh(values, weights)
+    divisor: Array = np.asarray(weights.sum())
+    if elect:
+        agreeing = agree(weighted, elect_signs(weighted))
+        weighted *= agreeing
+        divisor = weight_of(agreeing, weights)
+    merged = total(weighted)
+    if normalize:
+        merged = divide(merged, divisor.astype(merged.dtype))
+    return np.asarray(merged * merged.dtype.type(scale))

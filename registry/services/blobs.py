@@ -1,6 +1,7 @@
 """Bytes into storage: the row first, then the file, so that no file lies there without a row."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -124,6 +125,12 @@ def keep(staged: Staged) -> Blob:
 def touch(digests: Iterable[str]) -> None:
     """Restart the grace time of blobs inside the transaction that refers to them; this locks them against the sweep."""
     Blob.objects.filter(sha256__in=list(digests)).update(touched_at=timezone.now())
+
+
+def manifest(files: Iterable[tuple[str, str, int]]) -> str:
+    """What a tree of files is: SHA-256 over its sorted (path, sha256, size) list."""
+    rows = [list(file) for file in sorted(files)]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
 def free_bytes() -> int:

@@ -8,12 +8,13 @@ from typing import BinaryIO
 from django.db.models import F
 
 from registry import storage
+from registry.checks import files
 from registry.errors import Fault, HubError, RangeUnsatisfiable, StorageUnavailable
 from registry.models import Blob, Expert, File
 
 BLOCK_BYTES = 1 << 18
 # Clients ask for the weights once for each download, whatever else they look at.
-COUNTED = frozenset({"adapter_model.safetensors"})
+COUNTED = frozenset({files.WEIGHTS})
 SINGLE_RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*")
 
 # Text is told to be text and nothing else; whatever a browser could run is sent as bytes.

@@ -1,7 +1,6 @@
 """Merges: a recipe gets its address at once, is computed once, and is readable by whoever may read all its parents."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from moerge.errors import MoergeError
 from moerge.merging import recipe as recipes
 from moerge.merging.recipe import Recipe as ParsedRecipe
 from registry import jobs, selectors
-from registry.checks import names
+from registry.checks import files, names
 from registry.errors import ExpertNotFound, ExpertsIncompatible, Fault, NotReady, RateExceeded, RecipeInvalid
 from registry.jobs import JobKind
 from registry.models import File, Job, Merge, MergeParent, Recipe, Revision, User
@@ -24,8 +23,6 @@ from registry.selectors import Viewer
 from registry.services import audit, bases, blobs
 from registry.services.blobs import Staged
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 ID_LENGTH = 20
 
 
@@ -207,8 +204,8 @@ def expert_revision(full_name: str, name: object, *, viewer: Viewer, pointer: st
 
 def content_digest(revision: Revision) -> str:
     """What an adapter is, apart from its name and card: SHA-256 over the digests of its weights and its config."""
-    weights = selectors.file(revision, WEIGHTS).blob_id
-    config = selectors.file(revision, CONFIG).blob_id
+    weights = selectors.file(revision, files.WEIGHTS).blob_id
+    config = selectors.file(revision, files.CONFIG).blob_id
     return hashlib.sha256(f"{weights}\n{config}".encode()).hexdigest()
 
 
@@ -224,9 +221,9 @@ def check_queue(user: User) -> None:
         raise RateExceeded(f"You have {waiting} merges waiting.", faults=[fault], retry_after_seconds=10)
 
 
-def finish(*, merge: Merge, files: Mapping[str, Staged], report: dict[str, Any]) -> Revision:
+def finish(*, merge: Merge, staged: Mapping[str, Staged], report: dict[str, Any]) -> Revision:
     """Publish the result of a merge; the first result stays, whoever else computed it meanwhile."""
-    kept = {path: blobs.keep(staged) for path, staged in files.items()}
+    kept = {path: blobs.keep(one) for path, one in staged.items()}
     with transaction.atomic():
         row = Merge.objects.select_for_update(of=("self",)).get(pk=merge.pk)
         known = Revision.objects.filter(merge=row).first()
@@ -236,7 +233,7 @@ def finish(*, merge: Merge, files: Mapping[str, Staged], report: dict[str, Any])
         revision = Revision.objects.create(
             merge=row,
             commit=row.commit,
-            manifest_digest=manifest({path: (blob.pk, blob.size_bytes) for path, blob in kept.items()}),
+            manifest_digest=blobs.manifest((path, blob.pk, blob.size_bytes) for path, blob in kept.items()),
             message=f"Merge by {row.recipe.method}",
             author=row.requested_by,
             state=Revision.State.READY,
@@ -252,12 +249,6 @@ def finish(*, merge: Merge, files: Mapping[str, Staged], report: dict[str, Any])
         row.state, row.report, row.finished_at = Merge.State.READY, report, timezone.now()
         row.save(update_fields=["state", "report", "finished_at"])
     return revision
-
-
-def manifest(files: Mapping[str, tuple[str, int]]) -> str:
-    """SHA-256 over the sorted (path, sha256, size) list."""
-    listing = [[path, digest, size] for path, (digest, size) in sorted(files.items())]
-    return hashlib.sha256(json.dumps(listing, separators=(",", ":")).encode()).hexdigest()
 
 
 def stage_folder(folder: Path) -> dict[str, Staged]:

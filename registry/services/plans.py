@@ -18,7 +18,7 @@ from registry.checks.adapters import Examined
 from registry.checks.cards import Card
 from registry.errors import BaseUnknown, Fault, FileNotFound, QuotaExceeded, TooLarge, UploadInvalid
 from registry.models import BaseModel, Blob, File, Namespace, Revision
-from registry.services import bases
+from registry.services import bases, blobs
 from registry.services.blobs import Staged
 from registry.services.limits import header_limits
 
@@ -263,5 +263,4 @@ def _lacking(card: Card) -> list[str]:
 
 
 def manifest(tree: Mapping[str, Entry]) -> str:
-    rows = [[entry.path, entry.sha256, entry.size_bytes] for _, entry in sorted(tree.items())]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    return blobs.manifest((entry.path, entry.sha256, entry.size_bytes) for entry in tree.values())

@@ -6,12 +6,11 @@ from typing import Any
 from moerge.compression import compress_adapter
 from moerge.compression.report import Report
 from registry import selectors, storage
+from registry.checks import files
 from registry.models import Revision
 from registry.services import blobs, encodings
 from workers.runner import NotApplicable, Work
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 # A page and an API answer stay small; whoever wants every tensor can measure it from the two files.
 MOST_MODULES_REPORTED = 500
 
@@ -19,8 +18,8 @@ MOST_MODULES_REPORTED = 500
 def run(work: Work) -> dict[str, Any]:
     """Encode the weights of one revision. Running it twice gives the same bytes under the same row."""
     revision = Revision.objects.select_related("base_model").get(jobs=work.lease.job_id)
-    config = selectors.file(revision, CONFIG)
-    weights = selectors.file(revision, WEIGHTS)
+    config = selectors.file(revision, files.CONFIG)
+    weights = selectors.file(revision, files.WEIGHTS)
     kept = storage.current()
     with kept.open(config.blob_id) as file:
         config_bytes = file.read()

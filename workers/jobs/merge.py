@@ -12,6 +12,7 @@ from moerge.merging import run as merging
 from moerge.merging.recipe import Recipe
 from moerge.tensors import adapters
 from registry import selectors, storage
+from registry.checks import files
 from registry.models import Merge, Revision
 from registry.services import blobs, merges
 from workers import cards
@@ -50,7 +51,7 @@ def run(work: Work) -> dict[str, Any]:
         }
         for name, text in texts.items():
             (folder / name).write_text(text)
-        merges.finish(merge=merge, files=merges.stage_folder(folder), report=report)
+        merges.finish(merge=merge, staged=merges.stage_folder(folder), report=report)
     except merging.Cancelled as error:
         raise Stopped from error
     finally:
@@ -68,9 +69,9 @@ def parsed(merge: Merge) -> Recipe:
 def load(revision: Revision, opened: ExitStack) -> adapters.Adapter:
     """The adapter of a revision, open for as long as `opened` lasts."""
     kept = storage.current()
-    with kept.open(selectors.file(revision, merges.CONFIG).blob_id) as file:
+    with kept.open(selectors.file(revision, files.CONFIG).blob_id) as file:
         config = adapters.parse_config(file.read())
-    path = opened.enter_context(kept.as_path(selectors.file(revision, merges.WEIGHTS).blob_id))
+    path = opened.enter_context(kept.as_path(selectors.file(revision, files.WEIGHTS).blob_id))
     return adapters.load(config, path)
 
 
@@ -87,7 +88,7 @@ def lineage(merge: Merge, report: dict[str, Any]) -> dict[str, Any]:
                 "expert": parent.revision.expert.full_name if parent.revision.expert else None,
                 "revision": parent.revision.commit,
                 "weight": parent.weight,
-                "weights_sha256": selectors.file(parent.revision, merges.WEIGHTS).blob_id,
+                "weights_sha256": selectors.file(parent.revision, files.WEIGHTS).blob_id,
             }
             for parent in merge.parents.select_related("revision__expert__namespace")
         ],

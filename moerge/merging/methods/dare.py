@@ -64,16 +64,13 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
         kept = noise.keep(block.noise(row), parameters.density)
         factor = block.values.dtype.type(state.factors[member, block.name])
         np.multiply(block.values[row] * factor, kept, out=dropped[row])
-    weighted = parts.weigh(dropped, block.weights)
-    divisor: Array = np.asarray(block.weights.sum())
-    if parameters.elect == "ties":
-        agreeing = parts.agree(weighted, parts.elect_signs(weighted))
-        weighted *= agreeing
-        divisor = parts.weight_of(agreeing, block.weights)
-    merged = parts.total(weighted)
-    if parameters.normalize:
-        merged = parts.divide(merged, divisor.astype(merged.dtype))
-    return np.asarray(merged * merged.dtype.type(parameters.scale))
+    return parts.combine(
+        dropped,
+        block.weights,
+        elect=parameters.elect == "ties",
+        normalize=parameters.normalize,
+        scale=parameters.scale,
+    )
 
 
 def _l1(stream: Stream, name: str, parameters: Parameters) -> dict[tuple[int, str], float]:

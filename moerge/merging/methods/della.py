@@ -47,16 +47,13 @@ def merge(block: Block, _state: None, parameters: Parameters) -> Array:
         probability = keep_probability(values.reshape(-1, block.width), parameters).ravel()
         kept = noise.keep(block.noise(row), probability)
         np.multiply(values * (1 / probability).astype(values.dtype), kept, out=dropped[row])
-    weighted = parts.weigh(dropped, block.weights)
-    divisor: Array = np.asarray(block.weights.sum())
-    if parameters.elect == "ties":
-        agreeing = parts.agree(weighted, parts.elect_signs(weighted))
-        weighted *= agreeing
-        divisor = parts.weight_of(agreeing, block.weights)
-    merged = parts.total(weighted)
-    if parameters.normalize:
-        merged = parts.divide(merged, divisor.astype(merged.dtype))
-    return np.asarray(merged * merged.dtype.type(parameters.scale))
+    return parts.combine(
+        dropped,
+        block.weights,
+        elect=parameters.elect == "ties",
+        normalize=parameters.normalize,
+        scale=parameters.scale,
+    )
 
 
 def keep_probability(rows: Array, parameters: Parameters) -> npt.NDArray[np.float64]:
