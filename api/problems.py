@@ -13,6 +13,8 @@ from moerge.errors import MoergeError
 from registry import telemetry
 from registry.errors import (
     Fault,
+    FormFailed,
+    FormPending,
     HubError,
     Invalid,
     NotAllowed,
@@ -32,11 +34,14 @@ CONTENT_TYPE = "application/problem+json"
 
 def record(error: HubError) -> dict[str, Any]:
     """The body of the answer."""
-    return {
+    body = {
         "type": f"/docs/errors#{error.code}",
         **error.as_dict(),
         "request_id": telemetry.request_id.get(),
     }
+    if isinstance(error, FormPending | FormFailed):
+        body |= {"job": error.job_id, "job_url": f"/api/v1/jobs/{error.job_id}"}
+    return body
 
 
 def headers(error: HubError) -> dict[str, str]:

@@ -6,10 +6,10 @@ HubError
  ├─ Refused         NotAllowed ScopeMissing QuotaExceeded RateExceeded
  ├─ Invalid         UploadInvalid RecipeInvalid NameInvalid QueryInvalid BaseUnknown RequestInvalid
  ├─ TooLarge        a body, file or upload above its limit
- ├─ Conflict        NameTaken ExpertsIncompatible NotReady OffsetMismatch
+ ├─ Conflict        NameTaken ExpertsIncompatible NotReady FormFailed OffsetMismatch
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
- └─ Unavailable     StorageUnavailable IndexNotReady (jobs retry these, and only these)
+ └─ Unavailable     StorageUnavailable IndexNotReady FormPending (jobs retry these, and only these)
 
 The class name in kebab-case is the code; `docs/errors.md` has a heading for each.
 """
@@ -187,6 +187,14 @@ class NotReady(Conflict):
     title = "Not ready yet"
 
 
+class FormFailed(Conflict):
+    title = "The compressed form could not be made"
+
+    def __init__(self, detail: str, *, job_id: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(detail, faults=faults)
+        self.job_id = job_id
+
+
 class OffsetMismatch(HubError):
     status = 416
     title = "The chunk does not start where the upload stands"
@@ -224,3 +232,11 @@ class StorageUnavailable(Unavailable):
 
 class IndexNotReady(Unavailable):
     title = "The routing index is not ready"
+
+
+class FormPending(Unavailable):
+    title = "The compressed form is being made"
+
+    def __init__(self, detail: str, *, job_id: str) -> None:
+        super().__init__(detail, retry_after_seconds=2)
+        self.job_id = job_id

@@ -35,9 +35,10 @@ class JobKind(StrEnum):
     EMBED = "embed"
     INDEX = "index"
     MERGE = "merge"
+    RECONSTRUCT = "reconstruct"
 
 
-HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE})
+HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.RECONSTRUCT})
 PIPELINE = (JobKind.CHECK, JobKind.COMPRESS, JobKind.EMBED, JobKind.INDEX)
 
 
@@ -81,12 +82,29 @@ def enqueue(
     return job
 
 
-def enqueue_pipeline(revision: Revision, *, user: User | None = None) -> list[Job]:
-    """check → compress → embed → index for one revision; each starts when the one before has passed."""
+def enqueue_pipeline(
+    revision: Revision, *, user: User | None = None, compression: dict[str, Any] | None = None
+) -> list[Job]:
+    """check → compress → embed → index for one revision; each starts when the one before has passed.
+
+    `compression` holds what was chosen for the compressed form; where it is silent the base model's size decides.
+    """
     jobs: list[Job] = []
     for kind in PIPELINE:
-        jobs.append(enqueue(kind, revision=revision, after=jobs[-1] if jobs else None, user=user))
+        parameters = compression if kind == JobKind.COMPRESS else None
+        after = jobs[-1] if jobs else None
+        jobs.append(enqueue(kind, revision=revision, after=after, parameters=parameters, user=user))
     return jobs
+
+
+def of_pipeline(revision_id: int) -> QuerySet[Job]:
+    """The jobs that make a revision ready; what else is made of it later is not among them."""
+    return Job.objects.filter(revision_id=revision_id, key__in=_pipeline_keys(revision_id))
+
+
+def _pipeline_keys(revision_id: int) -> list[str]:
+    """The keys that `enqueue` gives when none is named."""
+    return [f"{kind}:r{revision_id}" for kind in PIPELINE]
 
 
 def send(job_id: str, kind: str, *, delay_seconds: int = 0) -> None:
@@ -199,21 +217,38 @@ def retry(jobs: Iterable[Job]) -> None:
     """Open failed or cancelled jobs again, as after an outage."""
     with transaction.atomic():
         for job in jobs:
-            Job.objects.filter(pk=job.pk, state__in=[Job.State.FAILED, Job.State.CANCELLED]).update(
-                state=Job.State.QUEUED,
-                attempt=0,
-                error=None,
-                owner="",
-                lease_until=None,
-                cancel_requested=False,
-                finished_at=None,
-                progress=0.0,
-                message="",
-            )
-            if job.revision_id:
+            _reopen(job, (Job.State.FAILED, Job.State.CANCELLED))
+            if job.revision_id and job.key in _pipeline_keys(job.revision_id):
                 Revision.objects.filter(pk=job.revision_id).update(state=Revision.State.PROCESSING)
             if job.after_id is None or Job.objects.filter(pk=job.after_id, state__in=Job.PASSED).exists():
                 transaction.on_commit(partial(send, job.pk, job.kind))
+
+
+def repeat(job: Job) -> None:
+    """Have a job outside the pipeline done again: it was cancelled, or what it had made was removed since."""
+    with transaction.atomic():
+        if _reopen(job, (Job.State.DONE, Job.State.CANCELLED)):
+            transaction.on_commit(partial(send, job.pk, job.kind))
+
+
+def _reopen(job: Job, states: Iterable[str]) -> bool:
+    """Put a job that ended in one of these states back into the queue; False when it is in none of them."""
+    opened = Job.objects.filter(pk=job.pk, state__in=list(states)).update(
+        state=Job.State.QUEUED,
+        attempt=0,
+        error=None,
+        result=None,
+        owner="",
+        lease_until=None,
+        cancel_requested=False,
+        created_at=timezone.now(),
+        sent_at=None,
+        started_at=None,
+        finished_at=None,
+        progress=0.0,
+        message="",
+    )
+    return opened == 1
 
 
 def sweep() -> int:
@@ -265,9 +300,9 @@ def _settle_subject(row: Job) -> None:
         Merge.objects.filter(pk=row.merge_id).exclude(state=Merge.State.READY).update(
             state=state, finished_at=row.finished_at
         )
-    if row.revision_id is None:
+    if row.revision_id is None or row.key not in _pipeline_keys(row.revision_id):
         return
-    states = set(Job.objects.filter(revision_id=row.revision_id, kind__in=PIPELINE).values_list("state", flat=True))
+    states = set(of_pipeline(row.revision_id).values_list("state", flat=True))
     revision = Revision.objects.filter(pk=row.revision_id).exclude(state=Revision.State.INCOMPLETE)
     if Job.State.FAILED in states:
         revision.update(state=Revision.State.FAILED)

@@ -115,7 +115,35 @@ def file(revision: Revision, path: str) -> File:
 
 def encoded(revision: Revision) -> Encoded | None:
     """The compressed form that the pipeline made."""
-    return Encoded.objects.filter(revision=revision).select_related("blob").order_by("created_at").first()
+    return Encoded.objects.filter(revision=revision, is_own=True).select_related("blob").first()
+
+
+def forms(revision: Revision) -> list[Encoded]:
+    """Every compressed form of a revision, by preset and density; those of the preset `default` come first."""
+    rows = Encoded.objects.filter(revision=revision).select_related("blob")
+    return sorted(rows, key=lambda row: (row.preset != "default", row.preset, row.variant, row.density))
+
+
+def history(expert: Expert) -> QuerySet[Revision]:
+    """The revisions that were published, newest first; reconstructions are none of them."""
+    return Revision.objects.filter(expert=expert, derived_from=None).select_related("parent", "author").order_by("-id")
+
+
+ACCURACY = "accuracy"
+
+
+def accuracies(revision: Revision) -> dict[tuple[str, float] | None, float]:
+    """The accuracy of each form that was measured, by preset and density, the original's under None.
+
+    Where several data sets were measured, it is that of the first, so that the figures can be compared.
+    """
+    rows = list(revision.evaluations.filter(metric__iexact=ACCURACY).order_by("pk"))
+    same = [row for row in rows if row.dataset == rows[0].dataset]
+    found: dict[tuple[str, float] | None, float] = {}
+    for row in same:
+        is_form = row.preset is not None and row.density is not None
+        found.setdefault((row.preset, row.density) if is_form else None, row.value)  # type: ignore[arg-type]
+    return found
 
 
 def job(job_id: str, viewer: Viewer) -> Job:

@@ -2,7 +2,9 @@
 
 import importlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from registry.errors import HubError, Unavailable
 from registry.models import Job
 
 log = logging.getLogger(__name__)
+TOLD_EVERY_SECONDS = 0.5
 
 
 class NotApplicable(Exception):
@@ -32,11 +35,22 @@ class Work:
 
     lease: jobs.Lease
     stopped: threading.Event = field(default_factory=threading.Event)
+    # What was last written of it, and when: a job may tell more often than anybody looks.
+    _told: str | None = None
+    _told_at: float = -math.inf
 
     def progress(self, share: float, message: str | None = None) -> None:
-        """Tell how far the job is (0..1). Raises Stopped when it is to end."""
+        """Tell how far the job is (0..1); it is written twice a second at most, a new message at once.
+
+        Raises Stopped when the job is to end.
+        """
+        now = time.monotonic()
+        is_new = message is not None and message != self._told
+        if not self.stopped.is_set() and not is_new and now - self._told_at < TOLD_EVERY_SECONDS:
+            return
         if self.stopped.is_set() or not jobs.heartbeat(self.lease, progress=share, message=message):
             raise Stopped
+        self._told, self._told_at = message or self._told, now
 
     def is_stopped(self) -> bool:
         return self.stopped.is_set()

@@ -82,9 +82,17 @@ def model(request: HttpRequest, caller: Caller, full_name: str, rest: str = "mai
         answer = shapes.merge(snapshot.repository.merge, snapshot, files=files, blobs=blobs)
     else:
         assert repository.expert is not None
+        pending = snapshot.pending
         answer = shapes.model(
-            repository.expert, snapshot.revision, commit=snapshot.commit, files=snapshot.files(), blobs=blobs
+            repository.expert,
+            pending.found.source if pending else snapshot.revision,
+            commit=snapshot.commit,
+            files=[] if pending else snapshot.files(),
+            blobs=blobs,
         )
+        if pending:
+            # Clients wait for a file, and some do not for this answer; so it is given without the sizes.
+            answer["siblings"] = [{"rfilename": path} for path in snapshot.names()]
     # `merge--<id>` was asked of the expert, so the answer goes by the expert's name.
     answer |= {"id": repository.full_name, "modelId": repository.full_name}
     return JsonResponse(answer)
@@ -111,7 +119,8 @@ def commits(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> 
     snapshot = _snapshot(request, caller, full_name, rest)
     limit = number(request, "limit", 50, least=1, most=LARGEST_PAGE)
     page = number(request, "p", 0, least=0, most=10**6)
-    line = selectors.ancestry(snapshot.revision) if snapshot.revision else []
+    revision = snapshot.content() if snapshot.pending else snapshot.revision
+    line = selectors.ancestry(revision) if revision else []
     part = line[page * limit : (page + 1) * limit]
     rows = Revision.objects.select_related("author").in_bulk(part)
     response = JsonResponse([shapes.commit(rows[pk]) for pk in part], safe=False)
@@ -129,7 +138,7 @@ def tree(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> Htt
     snapshot = snapshots.at(repository, revision, caller.viewer)
     caller.headers["X-Repo-Commit"] = snapshot.commit
     files = below(snapshot.files(), path)
-    changes = selectors.last_changes(snapshot.revision) if is_true(request, "expand") and snapshot.revision else {}
+    changes = changes_of(files) if is_true(request, "expand") else {}
     is_recursive = is_true(request, "recursive")
     nodes = entries(files, path.rstrip("/"), is_recursive=is_recursive, changes=changes)
     limit = number(request, "limit", LARGEST_PAGE, least=1, most=LARGEST_PAGE)
@@ -175,6 +184,11 @@ def entries(
     return nodes
 
 
+def changes_of(files: Sequence[File]) -> dict[str, Revision]:
+    """For each file the newest commit that changed it."""
+    return selectors.last_changes(files[0].revision) if files else {}
+
+
 def newest(files: Sequence[File], changes: Mapping[str, Revision]) -> dict[str, Any] | None:
     """The newest commit among those that changed the files; None when it was not asked for."""
     known = [changes[file.path] for file in files if file.path in changes]
@@ -188,7 +202,7 @@ def paths_info(request: HttpRequest, caller: Caller, full_name: str, rest: str) 
     caller.headers["X-Repo-Commit"] = snapshot.commit
     paths, expand = _paths(request)
     files = snapshot.files()
-    changes = selectors.last_changes(snapshot.revision) if expand and snapshot.revision else {}
+    changes = changes_of(files) if expand else {}
     by_path = {file.path: file for file in files}
     nodes = []
     for path in dict.fromkeys(path.strip("/") for path in paths):

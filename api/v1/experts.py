@@ -1,4 +1,4 @@
-"""Experts: list, make, read, change, remove; their revisions; their compressed form."""
+"""Experts: list, make, read, change, remove; their revisions; their compressed forms."""
 
 from django.http import HttpResponseBase
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
@@ -10,9 +10,10 @@ from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
 from registry import selectors
-from registry.errors import FileNotFound, NotReady
-from registry.models import Revision
-from registry.services import experts
+from registry.checks import compression
+from registry.errors import FileNotFound, NotAllowed
+from registry.models import User
+from registry.services import encodings, experts
 
 LIST_PARAMETERS = [
     OpenApiParameter("search", str, description="Words in name, description, examples or tags."),
@@ -102,8 +103,7 @@ class Revisions(View):
     )
     def get(self, request: Request, owner: str, name: str) -> Response:
         expert = selectors.expert(f"{owner}/{name}", viewer_of(request))
-        rows = Revision.objects.filter(expert=expert).select_related("parent", "author").order_by("-id")
-        return Response(pagination.page(request, rows, records.revision_row))
+        return Response(pagination.page(request, selectors.history(expert), records.revision_row))
 
 
 class OneRevision(View):
@@ -118,35 +118,53 @@ class OneRevision(View):
 
 
 class Compressed(View):
-    """GET the compressed form of the head of main: one compeft/1 file, with ranges."""
+    """GET one compressed form of a revision, with ranges; one that is not there yet is made."""
 
     @extend_schema(
         operation_id="experts_compressed",
+        description=(
+            "Without density and preset: the form that the revision was published with. A form that is not there is "
+            "made by a job: 503 with Retry-After, `job` and `job_url` until it is done, 409 when it failed. Densities "
+            "0.05, 0.1, 0.2, 0.3 and 0.5 of preset default are made for every reader, others need scope write and the "
+            "right to write to the expert."
+        ),
         parameters=[
-            OpenApiParameter("revision", str, description="A branch, a tag or a full commit; main when left out.")
+            OpenApiParameter("revision", str, description="A branch, a tag or a full commit; main when left out."),
+            OpenApiParameter("density", str, description="Share of values kept: 0.05, 0.1, 0.2, 0.3, 0.5 …"),
+            OpenApiParameter("preset", str, description="default, paper, hq or int4."),
         ],
         responses={
             (200, "application/octet-stream"): bytes,
             (206, "application/octet-stream"): bytes,
             304: OpenApiResponse(description="The copy that If-None-Match names is current."),
-            **schemas.problems(404, 409, 416),
+            **schemas.problems(403, 404, 409, 412, 416, 422),
         },
     )
     def get(self, request: Request, owner: str, name: str) -> HttpResponseBase:
+        query = request.query_params
         repository = selectors.repository(f"{owner}/{name}", viewer_of(request))
-        revision = selectors.revision(repository, request.query_params.get("revision") or "main")
-        encoded = selectors.encoded(revision)
-        if encoded is None:
-            if revision.state == Revision.State.PROCESSING:
-                raise NotReady("The compressed form is being made.", retry_after_seconds=2)
-            raise FileNotFound(
-                "This revision has no compressed form: it is incomplete, or its kind has nothing to compress."
-            )
+        revision = selectors.revision(repository, query.get("revision") or "main")
+        choice = compression.asked(preset=query.get("preset"), density=query.get("density"))
+
+        def permit() -> None:
+            user = require(request, "write")
+            if repository.expert is None and not user.is_staff:
+                raise NotAllowed("Of a merge, which has no owner, only the standard densities are made.")
+            if repository.expert is not None:
+                experts.require_write(user, repository.expert)
+
+        encoded = encodings.obtain(revision=revision, choice=choice, user=asker(request), permit=permit)
+        kind = encoded.preset if encoded.preset == compression.INT4 else "compeft"
         return downloads.respond(
             request._request,  # noqa: SLF001 - ranges and conditions are in the plain request
             blob=encoded.blob,
             etag=encoded.blob_id,
-            filename=f"{name}.compeft.safetensors",
+            filename=f"{name}.{kind}.safetensors",
             commit=revision.commit,
             is_private=repository.is_private,
         )
+
+
+def asker(request: Request) -> User | None:
+    """Whom a job is to be put down to; None for a reader without an account."""
+    return request.user if isinstance(request.user, User) else None

@@ -6,7 +6,8 @@ from typing import Any
 from django.http import HttpRequest
 from rest_framework.request import Request
 
-from registry import selectors
+from registry import jobs, selectors
+from registry.checks import compression
 from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision
 
 AnyRequest = HttpRequest | Request
@@ -44,8 +45,9 @@ def expert(expert: Expert, revision: Revision | None, request: AnyRequest) -> di
         "state": revision.state if revision else "incomplete",
         "revision": revision.commit if revision else None,
         "files": files(revision, expert.full_name, request) if revision else [],
-        "jobs": [job(row) for row in revision.jobs.all()] if revision else [],
+        "jobs": [job(row) for row in jobs.of_pipeline(revision.pk)] if revision else [],
         "compressed": compressed(encoded, expert.full_name, request) if encoded else None,
+        "compressed_forms": forms(revision, expert.full_name, request) if revision else [],
         "facts": revision.facts if revision else {},
         "evaluations": [
             {
@@ -55,6 +57,8 @@ def expert(expert: Expert, revision: Revision | None, request: AnyRequest) -> di
                 "base_value": row.base_value,
                 "row_count": row.row_count,
                 "source": row.source,
+                "preset": row.preset,
+                "density": row.density,
             }
             for row in revision.evaluations.all()
         ]
@@ -98,6 +102,45 @@ def compressed(encoded: Encoded, full_name: str, request: AnyRequest) -> dict[st
         "sha256": encoded.blob_id,
         "report": encoded.report,
         "url": request.build_absolute_uri(f"/api/v1/experts/{full_name}/compressed"),
+    }
+
+
+def forms(revision: Revision, full_name: str, request: AnyRequest) -> list[dict[str, Any]]:
+    """Every compressed form of a revision that was made, with what it lost and, where it was measured, its accuracy."""
+    accuracies = selectors.accuracies(revision)
+    return [
+        form(row, revision, full_name, request, accuracy=accuracies.get((row.preset, row.density)))
+        for row in selectors.forms(revision)
+    ]
+
+
+def form(
+    row: Encoded, revision: Revision, full_name: str, request: AnyRequest, *, accuracy: float | None
+) -> dict[str, Any]:
+    report = row.report
+    query = "" if row.is_own else f"&preset={row.preset}"
+    if not row.is_own and row.preset != compression.INT4:
+        query += f"&density={row.density:g}"
+    address = f"/api/v1/experts/{full_name}/compressed?revision={revision.commit}{query}"
+    return {
+        "preset": row.preset,
+        "scale_rule": report.get("scale_rule"),
+        "alpha": report.get("alpha"),
+        "density": row.density,
+        "is_default": row.is_own,
+        "bytes": row.blob.size_bytes,
+        "original_bytes": row.original_bytes,
+        "ternary_ratio": report.get("ternary_ratio"),
+        "ratio": report.get("ratio"),
+        "kept": report.get("kept"),
+        "cosine": report.get("cosine"),
+        "product_cosine": report.get("product_cosine"),
+        "product_rel_error": report.get("product_rel_error"),
+        "sigma_ratio": report.get("sigma_ratio"),
+        "warnings": report.get("warnings", []),
+        "sha256": row.blob_id,
+        "accuracy": accuracy,
+        "url": request.build_absolute_uri(address),
     }
 
 

@@ -38,6 +38,8 @@ class Problem(s.Serializer[Any]):
     code = s.CharField()
     request_id = s.CharField()
     errors = FaultRecord(many=True)  # type: ignore[assignment]
+    job = s.CharField(required=False, help_text="The job that makes what was asked for, or that failed to.")
+    job_url = s.CharField(required=False)
 
 
 def problems(*statuses: int) -> dict[Any, OpenApiResponse]:
@@ -117,6 +119,31 @@ class CompressedRecord(s.Serializer[Any]):
     url = s.CharField()
 
 
+class FormRecord(s.Serializer[Any]):
+    """One compressed form."""
+
+    preset = s.CharField()
+    scale_rule = s.CharField(allow_null=True)
+    alpha = s.FloatField(allow_null=True)
+    density = s.FloatField(help_text="Share of values kept; 1 for int4.")
+    is_default = s.BooleanField(help_text="The one that is served when none is named.")
+    bytes = s.IntegerField()
+    original_bytes = s.IntegerField(help_text="The ternary tensors at two bytes a value.")
+    ternary_ratio = s.FloatField(allow_null=True, help_text="How many times smaller than bf16 those tensors alone are.")
+    ratio = s.FloatField(
+        allow_null=True, help_text="How many times smaller the whole weights file is, with what stays as it is."
+    )
+    kept = s.IntegerField(allow_null=True)
+    cosine = s.FloatField(allow_null=True)
+    product_cosine = s.FloatField(allow_null=True, help_text="Of the delta B·A, over all modules.")
+    product_rel_error = s.FloatField(allow_null=True, help_text="Of the delta B·A, over all modules.")
+    sigma_ratio = s.FloatField(allow_null=True, help_text="Standard deviation of A over that of B.")
+    warnings = s.ListField(child=s.CharField())
+    sha256 = s.CharField()
+    accuracy = s.FloatField(allow_null=True, help_text="Where the card states one for this form.")
+    url = s.CharField()
+
+
 class EvaluationRecord(s.Serializer[Any]):
     dataset = s.CharField()
     metric = s.CharField()
@@ -124,6 +151,8 @@ class EvaluationRecord(s.Serializer[Any]):
     base_value = s.FloatField(allow_null=True)
     row_count = s.IntegerField(allow_null=True)
     source = s.CharField()  # type: ignore[assignment]
+    preset = s.CharField(allow_null=True, help_text="Of the compressed form that was measured; null: the original.")
+    density = s.FloatField(allow_null=True)
 
 
 class ExpertRecord(ExpertRow):
@@ -134,6 +163,7 @@ class ExpertRecord(ExpertRow):
     files = FileRecord(many=True)
     jobs = JobRecord(many=True)
     compressed = CompressedRecord(allow_null=True)
+    compressed_forms = FormRecord(many=True)
     facts = s.JSONField()
     evaluations = EvaluationRecord(many=True)
 

@@ -38,12 +38,22 @@ class UploadCard(schemas.StrictSerializer):
     tags = s.ListField(child=s.CharField(), required=False)
 
 
+class UploadCompression(schemas.StrictSerializer):
+    """The compressed form that the pipeline makes; what is left out follows from the base model's size."""
+
+    preset = s.JSONField(required=False, allow_null=True, help_text="default, paper, hq or int4.")
+    density = s.JSONField(required=False, allow_null=True, help_text="Share of values kept, above 0 and below 1.")
+    scale_rule = s.JSONField(required=False, allow_null=True, help_text="A scale rule of the preset.")
+    alpha = s.JSONField(required=False, allow_null=True, help_text="The factor of preset paper, rule sigma.")
+
+
 class UploadRequest(schemas.StrictSerializer):
     expert = s.CharField(max_length=200, help_text="owner/name; made when the upload completes if there is none.")
     private = s.BooleanField(required=False, default=False)
     files = UploadClaim(many=True, allow_empty=True)
     message = s.CharField(required=False, allow_blank=True, max_length=300, default="")
     card = UploadCard(required=False)
+    compression = UploadCompression(required=False)
     parent_commit = s.RegexField(r"^[0-9a-f]{40}$", required=False, help_text="Refuse when main is not here.")
 
 
@@ -125,6 +135,7 @@ class Uploads(View):
             claims=[Claim(file["path"], file["size"], file["sha256"].lower()) for file in data["files"]],
             message=data["message"],
             card=data.get("card"),
+            compression=data.get("compression"),
             parent_commit=data.get("parent_commit", ""),
         )
         record = upload_record(started.upload, [(row, row.offset) for row in started.files], request)

@@ -69,7 +69,7 @@ def expert(request: HttpRequest, owner: str, name: str, revision: str = "main") 
         "files": shown.files.select_related("blob") if shown else [],
         "encoded": selectors.encoded(shown) if shown else None,
         "evaluations": shown.evaluations.all() if shown else [],
-        "history": found.revisions.select_related("author")[:20],
+        "history": selectors.history(found)[:20],
         "card": card_body(shown),
         "children": selectors.merges_of(found, request.user)[:20],
         "may_write": selectors.may_write(request.user, owner),

@@ -5,18 +5,20 @@ base_model: sentence-transformers/all-MiniLM-L6-v2
 moerge:
   task: What the expert is good at, in a few sentences.
   examples: [inputs it should get]
+  compression: {preset: default, density: 0.1}
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
 
-from registry.checks import files
+from registry.checks import compression, files
+from registry.checks.compression import Choice
 from registry.errors import Fault, UploadInvalid
 
 FRONT_MATTER_BYTES = 64_000
@@ -34,13 +36,18 @@ UNTOUCHED = re.compile(r"\b(base|baseline|untouched)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured value that the card states; `base_value` is the untouched base on the same rows."""
+    """A measured value that the card states; `base_value` is the untouched base on the same rows.
+
+    `preset` and `density` name the compressed form that was measured; None is the original.
+    """
 
     dataset: str
     metric: str
     value: float
     base_value: float | None = None
     row_count: int | None = None
+    preset: str | None = None
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Card:
     base_model: str | None = None
     tags: tuple[str, ...] = ()
     figures: tuple[Figure, ...] = ()
+    # How it wants to be compressed; None leaves that to the hub.
+    compression: Choice | None = None
     # The whole front matter as JSON values, for clients that show it.
     data: Mapping[str, Any] = field(default_factory=dict)
     body: str = ""
@@ -76,6 +85,7 @@ def parse(text: str) -> Card:
         base_model=_text(base, "base_model") if base else None,
         tags=_tags(data.get("tags")),
         figures=tuple(_figures(data))[:FIGURES_COUNT],
+        compression=_compression(section.get("compression")),
         data=data,
         body=body,
     )
@@ -83,7 +93,7 @@ def parse(text: str) -> Card:
 
 def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
     """Card fields given beside the files, checked like the card itself; they win over it. Raises UploadInvalid."""
-    known = {"description", "examples", "licence", "base_model", "tags"}
+    known = {"description", "examples", "licence", "base_model", "tags", "compression"}
     for name in claims.keys() - known:
         raise _invalid(
             ("card", name), met=name, wanted=f"one of {', '.join(sorted(known))}", remedy="Leave this field out."
@@ -105,6 +115,9 @@ def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
         )
     if claims.get("tags"):
         result["tags"] = list(_texts(claims["tags"], TAGS_COUNT, TAG_CHARACTERS, "tags", file="card"))
+    if claims.get("compression"):
+        chosen = compression.parse(claims["compression"], pointer="/compression/", error=UploadInvalid)
+        result["compression"] = chosen.as_dict()
     return result
 
 
@@ -117,6 +130,7 @@ def merged(card: Card, given: Mapping[str, Any]) -> Card:
         base_model=given.get("base_model", card.base_model),
         tags=tuple(given.get("tags", card.tags)),
         figures=card.figures,
+        compression=Choice.of(given["compression"]) if "compression" in given else card.compression,
         data=card.data,
         body=card.body,
     )
@@ -220,7 +234,7 @@ def _figures(data: Mapping[str, Any]) -> Iterator[Figure]:
 
 def _figures_of(dataset: str, metrics: list[dict[str, Any]]) -> Iterator[Figure]:
     base: dict[str, float] = {}
-    own = []
+    own: list[tuple[str, float, int | None, Choice | None]] = []
     for metric in metrics:
         kind, value = str(metric.get("type") or metric.get("name") or "")[:80], metric.get("value")
         if not kind or isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -229,10 +243,36 @@ def _figures_of(dataset: str, metrics: list[dict[str, Any]]) -> Iterator[Figure]
             base[kind] = float(value)
         else:
             arguments = metric.get("args")
-            count = arguments.get("n") if isinstance(arguments, dict) else None
-            own.append((kind, float(value), count if type(count) is int and 0 < count < 2**31 else None))
-    for kind, value, count in own:
-        yield Figure(dataset, kind, value, base.get(kind), count)
+            arguments = arguments if isinstance(arguments, dict) else {}
+            count = arguments.get("n")
+            try:
+                form = _form_of(arguments.get("compression"))
+            except UploadInvalid:
+                # Of a form that nobody knows; it must not pass for a figure of the original.
+                continue
+            own.append((kind, float(value), count if type(count) is int and 0 < count < 2**31 else None, form))
+    for kind, value, count, form in own:
+        preset, density = (form.preset, form.density) if form else (None, None)
+        yield Figure(dataset, kind, value, base.get(kind), count, preset, density)
+
+
+def _form_of(value: Any) -> Choice | None:
+    """The compressed form that `args: {compression: {preset, density}}` of a metric names; None without one."""
+    if value is None:
+        return None
+    chosen = _compression(value)
+    if chosen is None or (chosen.density is None and chosen.preset != compression.INT4):
+        raise _invalid((), met="no density", wanted="a density", remedy="Name preset and density.")
+    return replace(chosen, density=chosen.density or compression.INT4_DENSITY)
+
+
+def _compression(value: Any) -> Choice | None:
+    """What the card says under `moerge: compression:`. Raises UploadInvalid."""
+    if value is None:
+        return None
+    where = ("moerge", "compression")
+    claims = _mapping(value, *where)
+    return compression.parse(claims, pointer=files.pointer_of(files.CARD, *where, ""), error=UploadInvalid)
 
 
 def _dicts(value: Any) -> list[dict[str, Any]]:

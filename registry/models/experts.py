@@ -104,6 +104,12 @@ class Revision(models.Model):
     )
     commit = models.CharField(max_length=40)
     parent = models.ForeignKey("self", null=True, blank=True, on_delete=models.PROTECT, related_name="children")
+    # A reconstruction: the files of another revision with the weights that its compressed form decodes to. It is found
+    # by its commit and by its form's name, and is no part of the history.
+    derived_from = models.ForeignKey(
+        "self", null=True, blank=True, on_delete=models.CASCADE, related_name="reconstructions"
+    )
+    form = models.CharField(max_length=16, blank=True)  # compeft-k10
     manifest_digest = models.CharField(max_length=64)  # SHA-256 over the sorted (path, sha256, size) list
     message = models.TextField(blank=True)
     author = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="+")
@@ -120,6 +126,7 @@ class Revision(models.Model):
         ordering: ClassVar = ["-id"]
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["expert", "commit"], name="revision_commit_once"),
+            models.UniqueConstraint(fields=["derived_from", "form"], name="reconstruction_once"),
             models.CheckConstraint(
                 condition=Q(expert__isnull=False, merge__isnull=True) | Q(expert__isnull=True, merge__isnull=False),
                 name="revision_of_one_thing",
@@ -174,11 +181,15 @@ class File(models.Model):
 
 
 class Encoded(models.Model):
-    """The compressed form of a revision at one preset and density: derived, can be rebuilt."""
+    """A compressed form of a revision at one preset and density: derived, can be rebuilt."""
 
     revision = models.ForeignKey(Revision, on_delete=models.CASCADE, related_name="encoded")
     preset = models.CharField(max_length=16)
     density = models.FloatField()
+    # What differs from the preset's own scale rule: another rule, or an alpha.
+    variant = models.CharField(max_length=24, blank=True, default="")
+    # The one that the pipeline made: what a revision has when no form is named.
+    is_own = models.BooleanField(default=False)
     blob = models.ForeignKey(Blob, on_delete=models.PROTECT, related_name="encoded")
     original_bytes = models.BigIntegerField()  # of the same tensors at two bytes a value
     report = models.JSONField(default=dict)
@@ -186,7 +197,8 @@ class Encoded(models.Model):
 
     class Meta:
         constraints: ClassVar = [
-            models.UniqueConstraint(fields=["revision", "preset", "density"], name="encoded_once"),
+            models.UniqueConstraint(fields=["revision", "preset", "density", "variant"], name="encoded_once"),
+            models.UniqueConstraint(fields=["revision"], condition=Q(is_own=True), name="encoded_own_once"),
         ]
 
     def __str__(self) -> str:
@@ -207,6 +219,9 @@ class Evaluation(models.Model):
     value = models.FloatField()
     base_value = models.FloatField(null=True, blank=True)  # the untouched base on the same rows
     row_count = models.PositiveIntegerField(null=True, blank=True)
+    # The compressed form that was measured; both null when it was the original.
+    preset = models.CharField(max_length=16, null=True, blank=True)  # noqa: DJ001 - null says "the original"
+    density = models.FloatField(null=True, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
     def __str__(self) -> str:

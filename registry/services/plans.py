@@ -170,7 +170,10 @@ def check_quota(namespace: Namespace, more_bytes: int) -> None:
     held = (
         (
             Blob.objects.filter(
-                pk__in=File.objects.filter(revision__expert__namespace=namespace).values("blob")
+                # What readers had reconstructed is not the owner's to answer for.
+                pk__in=File.objects.filter(revision__expert__namespace=namespace, revision__derived_from=None).values(
+                    "blob"
+                )
             ).aggregate(size=Sum("size_bytes"))["size"]
         )
         or 0

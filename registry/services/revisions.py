@@ -154,7 +154,8 @@ def _publish(
         if is_new:
             _write_files(revision, plan)
             if plan.is_complete:
-                jobs.enqueue_pipeline(revision, user=user)
+                chosen = plan.card.compression
+                jobs.enqueue_pipeline(revision, user=user, compression=chosen.as_dict() if chosen else None)
         ref.revision = revision
         ref.save(update_fields=["revision", "updated_at"])
         if branch == "main":
@@ -260,6 +261,8 @@ def record_figures(revision: Revision, figures: Iterable[Figure]) -> None:
                     value=figure.value,
                     base_value=figure.base_value,
                     row_count=figure.row_count,
+                    preset=figure.preset,
+                    density=figure.density,
                 )
                 for figure in figures
             ]

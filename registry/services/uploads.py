@@ -83,15 +83,17 @@ def start(
     private: bool = False,
     message: str = "",
     card: Mapping[str, Any] | None = None,
+    compression: Mapping[str, Any] | None = None,
     parent_commit: str = "",
 ) -> Started:
     """Open an upload after everything that can be said from names, sizes and digests alone has been checked.
 
     A file that the caller can already read, by the same digest, need not be sent. Leftovers of training are named and
-    not waited for. Raises NameInvalid, NotAllowed, UploadInvalid, TooLarge, QuotaExceeded, StorageUnavailable.
+    not waited for. `compression` chooses the compressed form as the card's own section does, and wins over it. Raises
+    NameInvalid, NotAllowed, UploadInvalid, TooLarge, QuotaExceeded, StorageUnavailable.
     """
     namespace, _ = experts.claim(user=user, full_name=expert)
-    given = cards.overrides(card or {})
+    given = cards.overrides({**(card or {}), "compression": compression})
     ignored = tuple((claim.path, files.leftover(claim.path)) for claim in claims if files.leftover(claim.path))
     wanted = [claim for claim in claims if not files.leftover(claim.path)]
     _check_claims(claims, wanted)

@@ -1,15 +1,22 @@
-"""Make the compressed form of a revision: ComPEFT, preset `default`, at the density that suits the base's size."""
+"""Make a compressed form of a revision: ComPEFT or int4, as the job's parameters say.
 
+What they leave open is the preset `default` at the density that suits the base's size.
+"""
+
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from moerge.compression import compress_adapter
 from moerge.compression.report import Report
 from registry import selectors, storage
-from registry.checks import files
-from registry.models import Revision
+from registry.checks import compression, files
+from registry.checks.compression import Choice
+from registry.models import Encoded, Revision
 from registry.services import blobs, encodings
 from workers.runner import NotApplicable, Work
+
+Progress = Callable[[float], None]
 
 # A page and an API answer stay small; whoever wants every tensor can measure it from the two files.
 MOST_MODULES_REPORTED = 500
@@ -18,6 +25,19 @@ MOST_MODULES_REPORTED = 500
 def run(work: Work) -> dict[str, Any]:
     """Encode the weights of one revision. Running it twice gives the same bytes under the same row."""
     revision = Revision.objects.select_related("base_model").get(jobs=work.lease.job_id)
+    encoded = encode(
+        revision,
+        Choice.of(work.lease.parameters),
+        is_own=encodings.EXTRA not in work.lease.parameters,
+        progress=lambda share: work.progress(share, "Encoding"),
+    )
+    report = encoded.report
+    return {"bytes": report["bytes"], "original_bytes": report["original_bytes"], "sha256": encoded.blob_id}
+
+
+def encode(revision: Revision, choice: Choice, *, is_own: bool, progress: Progress) -> Encoded:
+    """The chosen form, made and kept. Raises NotApplicable where there is nothing to compress."""
+    form = encodings.form_of(revision, choice)
     config = selectors.file(revision, files.CONFIG)
     weights = selectors.file(revision, files.WEIGHTS)
     kept = storage.current()
@@ -30,22 +50,24 @@ def run(work: Work) -> dict[str, Any]:
                 config_bytes,
                 path,
                 out,
-                base_parameters=revision.base_model.parameter_count if revision.base_model else None,
-                progress=lambda share: work.progress(share, "Encoding"),
+                preset=form.preset,
+                density=None if form.preset == compression.INT4 else form.density,
+                scale_rule=choice.scale_rule,
+                alpha=choice.alpha,
+                progress=progress,
             )
         if not report.size:
             raise NotApplicable("This adapter has no LoRA factor large enough to be made ternary.")
-        encodings.record(
+        return encodings.record(
             revision=revision,
-            preset=report.preset,
-            density=report.density,
+            form=form,
+            is_own=is_own,
             staged=blobs.stage_file(out),
             original_bytes=report.ternary_original_bytes,
             report=summary(report),
         )
     finally:
         out.unlink(missing_ok=True)
-    return {"bytes": report.bytes, "original_bytes": report.original_bytes, "sha256": report.sha256}
 
 
 def summary(report: Report) -> dict[str, Any]:
