@@ -1,5 +1,6 @@
 """The model card of a demo expert: front matter as the Hugging Face Hub reads it, and the same in words below."""
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Measured:
-    """What training and measuring gave; accuracies are shares in [0, 1] over the same `n` rows."""
+    """What training and measuring gave; accuracies are shares in [0, 1] over the same `n` rows.
+
+    `compressed` gives the accuracy after compression by the preset `default`, by density.
+    """
 
     base_accuracy: float
     accuracy: float
+    compressed: Mapping[float, float]
     n: int
     split: str
     n_train: int
@@ -57,12 +62,41 @@ def write(
     return f"---\n{front}---\n\n# {expert['title']}\n\n" + "\n\n".join(sections) + "\n"
 
 
-def stated(card: str) -> tuple[float, float, int]:
-    """Base accuracy, expert accuracy and n as the front matter of a card gives them."""
+@dataclass(frozen=True)
+class Stated:
+    """The figures in the front matter of a card, rounded as they stand there."""
+
+    base_accuracy: float
+    accuracy: float
+    compressed: Mapping[float, float]
+    n: int
+
+
+def stated(card: str) -> Stated:
+    """What the front matter of a card says."""
     front = yaml.safe_load(card.split("---\n", 2)[1])
-    metrics = {metric["name"]: metric for metric in front["model-index"][0]["results"][0]["metrics"]}
-    expert = metrics["accuracy of the expert"]
-    return metrics["accuracy of the untouched base"]["value"], expert["value"], expert["args"]["n"]
+    metrics = front["model-index"][0]["results"][0]["metrics"]
+    named = {metric["name"]: metric for metric in metrics}
+    expert = named["accuracy of the expert"]
+    return Stated(
+        base_accuracy=named["accuracy of the untouched base"]["value"],
+        accuracy=expert["value"],
+        compressed={
+            metric["args"]["compression"]["density"]: metric["value"]
+            for metric in metrics
+            if "compression" in metric["args"]
+        },
+        n=expert["args"]["n"],
+    )
+
+
+def trained(card: str) -> tuple[int, float, float]:
+    """Seed, epochs and CPU seconds of the training that a card tells of."""
+    words = " ".join(card.split())
+    found = re.search(r"Seed (\d+); .* for ([\d.]+) epochs, .* It took (\d+) s of CPU time", words)
+    if found is None:
+        raise ValueError("the card does not tell how the expert was trained")
+    return int(found[1]), float(found[2]), float(found[3])
 
 
 def scaling(expert: Mapping[str, Any]) -> float:
@@ -80,8 +114,8 @@ def _front_matter(
     measured: Measured,
     base_name: str,
 ) -> dict[str, Any]:
-    def metric(title: str, value: float) -> dict[str, Any]:
-        return {"type": "accuracy", "name": title, "value": round(value, 4), "args": {"n": measured.n}}
+    def metric(title: str, value: float, **more: Any) -> dict[str, Any]:
+        return {"type": "accuracy", "name": title, "value": round(value, 4), "args": {"n": measured.n, **more}}
 
     result = {
         "task": {"type": "text-classification", "name": "Intent classification by nearest label text"},
@@ -93,6 +127,14 @@ def _front_matter(
         "metrics": [
             metric("accuracy of the expert", measured.accuracy),
             metric("accuracy of the untouched base", measured.base_accuracy),
+            *(
+                metric(
+                    f"accuracy compressed at density {density:g}",
+                    value,
+                    compression={"preset": "default", "density": density},
+                )
+                for density, value in measured.compressed.items()
+            ),
         ],
     }
     return {
@@ -124,6 +166,14 @@ def _results(name: str, *, source: Mapping[str, Any], measured: Measured, n_labe
         f"Accuracy of the nearest label text among {n_labels} on {measured.n} rows of the {measured.split} split of "
         f"{source['title']}, none of which was used in training. Base and expert see the same rows and label texts."
     )
+    rows = "\n".join(
+        f"| {100 * density:g} % | {100 * value:.1f} % | {round(100 * (value - measured.accuracy), 1) + 0.0:+.1f} points |"
+        for density, value in measured.compressed.items()
+    )
+    small = (
+        "Compressed by Moerge with the preset `default` (ComPEFT, arXiv:2311.13171), which sees no data, and read back "
+        "by PEFT, on the same rows:"
+    )
     return f"""## Results
 
 {_wrapped(words)}
@@ -132,6 +182,12 @@ def _results(name: str, *, source: Mapping[str, Any], measured: Measured, n_labe
 | --- | --- | --- |
 | untouched base | {100 * measured.base_accuracy:.1f} % | {measured.n} |
 | this expert | {100 * measured.accuracy:.1f} % ({gain:+.1f} points) | {measured.n} |
+
+{_wrapped(small)}
+
+| values kept | accuracy | against the original |
+| --- | --- | --- |
+{rows}
 
 Seed {measured.seed}; measured on the files of this folder as PEFT loads them. To repeat it:
 

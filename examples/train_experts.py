@@ -8,9 +8,11 @@ can be merged.
     python examples/train_experts.py --data DIR                      train all experts of experts.toml
     python examples/train_experts.py --data DIR --only travel-desk   train one
     python examples/train_experts.py --data DIR --check              measure the saved adapters, compare with the cards
+    python examples/train_experts.py --data DIR --measure            measure them, write their cards anew
 
 DIR holds CSV files with the columns text and label (the file names are in experts.toml). Each expert trains on one
-thread; the figures on its card are those of the saved files, read back by stock PEFT.
+thread; the figures on its card are those of the saved files, read back by stock PEFT, and those of the same files
+after compression by the preset `default` at four densities.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import csv
 import hashlib
 import json
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -31,6 +34,11 @@ import peft
 import torch
 import transformers
 
+HERE = Path(__file__).resolve().parent
+# The library of this checkout, which need not be installed.
+sys.path.append(str(HERE.parent))
+from moerge.compression import compress_adapter, decompress  # noqa: E402
+
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 BASE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MAX_TOKENS = 256  # What the base was published with.
@@ -38,7 +46,7 @@ MAX_TOKENS = 256  # What the base was published with.
 TRAINING_TOKENS = 32
 TEMPERATURE = 0.05
 BATCH_ROWS = 64
-HERE = Path(__file__).resolve().parent
+DENSITIES = (0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -220,27 +228,45 @@ def load(folder: Path) -> Encoder:
     return Encoder(tokenizer=base.tokenizer, model=model.eval())
 
 
+def compressed_accuracies(folder: Path, task: Task) -> dict[float, float]:
+    """Accuracy of the saved adapter by density, compressed without any data and loaded again by stock PEFT."""
+    config = (folder / "adapter_config.json").read_bytes()
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        for density in DENSITIES:
+            compress_adapter(config, folder / "adapter_model.safetensors", place / "adapter.compeft", density=density)
+            decompress(place / "adapter.compeft", place / "decoded", config=config)
+            found[density] = accuracy(load(place / "decoded"), task)
+    return found
+
+
 def make_expert(
     name: str, expert: Mapping[str, Any], *, arguments: argparse.Namespace, source: Mapping[str, Any]
 ) -> None:
-    """Trains one expert, writes its folder and prints its line of the table."""
+    """Trains one expert, unless it is only to be measured, writes its folder and prints its line of the table."""
     task = read_task(expert, source=source, folder=arguments.data, split=arguments.split)
     base = load_base()
     base_accuracy = accuracy(base, task)
-    epochs = arguments.epochs if arguments.epochs is not None else expert["epochs"]
-    started = time.process_time()
-    trained = train(base, task, expert, seed=arguments.seed, epochs=epochs)
-    seconds = time.process_time() - started
     folder = arguments.out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    save(trained, folder, dtype=expert["dtype"])
+    if arguments.measure:
+        seed, epochs, seconds = expert_cards.trained((folder / "README.md").read_text(encoding="utf-8"))
+    else:
+        seed = arguments.seed
+        epochs = arguments.epochs if arguments.epochs is not None else expert["epochs"]
+        started = time.process_time()
+        trained = train(base, task, expert, seed=seed, epochs=epochs)
+        seconds = time.process_time() - started
+        folder.mkdir(parents=True, exist_ok=True)
+        save(trained, folder, dtype=expert["dtype"])
     measured = expert_cards.Measured(
         base_accuracy=base_accuracy,
         accuracy=accuracy(load(folder), task),
+        compressed=compressed_accuracies(folder, task),
         n=len(task.test),
         split=arguments.split,
         n_train=len(task.train),
-        seed=arguments.seed,
+        seed=seed,
         epochs=epochs,
         cpu_seconds=seconds,
     )
@@ -249,9 +275,10 @@ def make_expert(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     gain = 100 * (measured.accuracy - base_accuracy)
+    kept = "  ".join(f"{density:g}: {value:.4f}" for density, value in measured.compressed.items())
     print(
         f"{name:20} base {base_accuracy:.4f}  expert {measured.accuracy:.4f}  ({gain:+.1f} points, n = {measured.n})  "
-        f"{seconds:.0f} s of CPU time",
+        f"{seconds:.0f} s of CPU time  compressed {kept}",
         flush=True,
     )
 
@@ -259,11 +286,16 @@ def make_expert(
 def check_expert(
     name: str, expert: Mapping[str, Any], *, arguments: argparse.Namespace, source: Mapping[str, Any]
 ) -> bool:
-    """Measures base and saved adapter again; True if both figures and n are the card's."""
+    """Measures base, saved adapter and its compressed forms again; True if all figures and n are the card's."""
     task = read_task(expert, source=source, folder=arguments.data)
     folder = arguments.out / name
     stated = expert_cards.stated((folder / "README.md").read_text(encoding="utf-8"))
-    found = (round(accuracy(load_base(), task), 4), round(accuracy(load(folder), task), 4), len(task.test))
+    found = expert_cards.Stated(
+        base_accuracy=round(accuracy(load_base(), task), 4),
+        accuracy=round(accuracy(load(folder), task), 4),
+        compressed={density: round(value, 4) for density, value in compressed_accuracies(folder, task).items()},
+        n=len(task.test),
+    )
     print(f"{name:20} card {stated}  measured {found}  {'same' if stated == found else 'DIFFERENT'}", flush=True)
     return stated == found
 
@@ -277,7 +309,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="of initial values and row order (default 1)")
     parser.add_argument("--epochs", type=float, help="instead of the number in the specification")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="rows to measure on")
-    parser.add_argument("--check", action="store_true", help="train nothing; compare saved adapters with their cards")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="train nothing; compare saved adapters with their cards")
+    mode.add_argument("--measure", action="store_true", help="train nothing; measure saved adapters, write their cards")
     return parser.parse_args(argv)
 
 

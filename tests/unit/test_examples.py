@@ -103,13 +103,35 @@ def test_a_card_has_what_the_hub_and_its_readers_need(folder):
 @PER_EXPERT
 def test_a_card_states_both_accuracies_with_n_and_a_gain_of_five_points(folder):
     card = card_of(folder)
-    (figure,) = card.figures
+    figure = card.figures[0]
     assert figure.metric == "accuracy"
     assert figure.row_count >= 300
     assert figure.value >= figure.base_value + 0.05
     assert 0 < figure.base_value < figure.value < 1
     assert f"| untouched base | {100 * figure.base_value:.1f} % | {figure.row_count} |" in card.body
     assert f"| this expert | {100 * figure.value:.1f} % (" in card.body
+
+
+@PER_EXPERT
+def test_a_card_states_the_accuracy_compressed_at_four_densities_in_figures_and_in_words(folder):
+    card = card_of(folder)
+    metrics = card.data["model-index"][0]["results"][0]["metrics"]
+    expert, compressed = metrics[0], metrics[2:]
+    assert [metric["args"].pop("compression") for metric in compressed] == [
+        {"preset": "default", "density": density} for density in (0.05, 0.1, 0.2, 0.5)
+    ]
+    for metric, density in zip(compressed, ("0.05", "0.1", "0.2", "0.5"), strict=True):
+        assert metric["type"] == "accuracy"
+        assert metric["name"] == f"accuracy compressed at density {density}"
+        assert metric["args"] == expert["args"]
+        correct = metric["value"] * metric["args"]["n"]
+        # A share of n rows: four digits tell it from its neighbours.
+        assert abs(correct - round(correct)) < 5e-5 * metric["args"]["n"] < 0.5
+        difference = float(f"{100 * (metric['value'] - expert['value']):.2f}")
+        shown = re.search(rf"\| {100 * float(density):g} % \| ([\d.]+) % \| ([+-][\d.]+) points \|", card.body)
+        assert float(shown[1]) == pytest.approx(100 * metric["value"], abs=0.051)
+        assert float(shown[2]) == pytest.approx(difference, abs=0.061)
+    assert min(metric["value"] for metric in compressed) > 0.8
 
 
 @PER_EXPERT
