@@ -4,7 +4,9 @@ MoergeError
  ├─ HeaderInvalid       a safetensors header breaks a rule
  ├─ ConfigInvalid       an adapter_config.json breaks a rule
  ├─ AdapterInvalid      tensors and config do not fit together, or the kind is not supported
- ├─ EncodedInvalid      an encoded file (compeft/1) breaks a numbered rule of its format
+ ├─ CheckpointInvalid   a folder holds no readable full checkpoint
+ ├─ EncodedInvalid      an encoded file (compeft/1, int4/1) breaks a numbered rule of its format
+ ├─ BaseMismatch        an encoded difference needs a base checkpoint, and this is not the one
  ├─ ParameterInvalid    a codec parameter is unknown or outside its range
  ├─ RecipeInvalid       a merge recipe is malformed: unknown method, unknown parameter, value out of range
  ├─ ExpertsIncompatible experts of one recipe cannot be merged with each other
@@ -56,6 +58,14 @@ class AdapterInvalid(MoergeError):
 
 class EncodedInvalid(MoergeError):
     """An encoded file breaks a rule of its format; `rule` says which."""
+
+
+class CheckpointInvalid(MoergeError):
+    """A folder or file holds no full checkpoint in safetensors, or shards that do not fit together."""
+
+
+class BaseMismatch(MoergeError):
+    """The base checkpoint is missing, or is not the one that the differences were taken from."""
 
 
 class ParameterInvalid(MoergeError):

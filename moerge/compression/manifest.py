@@ -3,7 +3,7 @@
 import json
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -82,9 +82,18 @@ def inflate(data: bytes) -> bytes:
 
 
 def parse(
-    text: bytes, *, budget: Budget, taken: frozenset[str], expected: Mapping[str, tuple[int, ...]] | None
+    text: bytes,
+    *,
+    budget: Budget,
+    taken: frozenset[str],
+    expected: Mapping[str, tuple[int, ...]] | None,
+    check_rest: Callable[[list[Any], str], None] | None = None,
 ) -> list[list[Any]]:
-    """Checked rows of the manifest. `taken` are the names of plain tensors. Rules C2."""
+    """Checked rows of a manifest. `taken` are the names of plain tensors. Rules C2.
+
+    Every row begins with name, dtype and shape and ends with the initial value; `check_rest` looks at the length of a
+    row and at what lies between, by default as `compeft/1` has it.
+    """
     try:
         rows = strict.loads(text, max_keys=0, max_depth=3)
     except strict.Malformed as error:
@@ -96,7 +105,8 @@ def parse(
     previous: str | None = None
     values = output_bytes = 0
     for number, row in enumerate(rows):
-        _check_row(row, f"manifest entry {number}")
+        (check_rest or _check_ternary)(row, f"manifest entry {number}")
+        _check_claim(row, f"manifest entry {number}")
         name, dtype, shape = row[0], row[1], row[2]
         if name in taken or name == previous:
             refuse("C2.unique", name, met="the name twice", wanted="once")
@@ -115,10 +125,15 @@ def parse(
     return rows
 
 
-def _check_row(row: Any, where: str) -> None:
-    if not isinstance(row, list) or len(row) != 7:
-        refuse("C2.entry", where, met=_shown(row), wanted="seven fields")
-    name, dtype, shape, kept, plane_bytes, coding, init = row
+def check_length(row: Any, where: str, *, fields: int) -> None:
+    """An entry is a list of so many fields. Rule C2.entry."""
+    if not isinstance(row, list) or len(row) != fields:
+        refuse("C2.entry", where, met=_shown(row), wanted=f"{fields} fields")
+
+
+def _check_claim(row: list[Any], where: str) -> None:
+    """Name, dtype and shape in front, the initial value at the end."""
+    name, dtype, shape, init = row[0], row[1], row[2], row[-1]
     if not isinstance(name, str):
         refuse("C2.entry", where, met=_shown(name), wanted="a name")
     control = any(unicodedata.category(character) == "Cc" for character in name)
@@ -128,12 +143,17 @@ def _check_row(row: Any, where: str) -> None:
         refuse("C2.dtype", name, met=_shown(dtype), wanted=", ".join(DTYPES))
     if not isinstance(shape, list) or len(shape) > DIMENSIONS or not all(_is_count(side) for side in shape):
         refuse("C2.shape", name, met=_shown(shape), wanted=f"at most {DIMENSIONS} integers from 0")
-    if not _is_count(kept) or not _is_count(plane_bytes):
-        refuse("C2.entry", name, met=f"nnz {_shown(kept)}, plane_bytes {_shown(plane_bytes)}", wanted="integers")
-    if type(coding) is not int or coding not in (GAP8, MASK):
-        refuse("C2.coding", name, met=_shown(coding), wanted="0 or 1")
     if type(init) not in (int, str) or init not in INITS:
         refuse("C2.init", name, met=_shown(init), wanted='0, 1 or "base"')
+
+
+def _check_ternary(row: Any, where: str) -> None:
+    check_length(row, where, fields=7)
+    _, _, _, kept, plane_bytes, coding, _ = row
+    if not _is_count(kept) or not _is_count(plane_bytes):
+        refuse("C2.entry", where, met=f"nnz {_shown(kept)}, plane_bytes {_shown(plane_bytes)}", wanted="integers")
+    if type(coding) is not int or coding not in (GAP8, MASK):
+        refuse("C2.coding", where, met=_shown(coding), wanted="0 or 1")
 
 
 def _is_count(value: Any) -> bool:

@@ -1,34 +1,27 @@
-"""The two presets: `default`, made for experts without evaluation data, and `paper`, the release's rule bit for bit."""
+"""The ternary presets: `default`, made for experts without evaluation data; `hq`, which changes the factors first, for
+low densities; `paper`, the release's rule bit for bit.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from moerge.compression import published, scales, selection
+from moerge.compression import balance, published, scales, selection
+from moerge.compression.arithmetic import NUMPY, Arithmetic
+from moerge.compression.differences import TensorSource, difference, init_of
 from moerge.compression.planes import Positions
 from moerge.compression.report import Ledger
 from moerge.compression.scales import Kept
-from moerge.compression.ternary import DTYPES, Ternary, as_float32, ternary
+from moerge.compression.ternary import DTYPES, Ternary, ternary
 from moerge.errors import AdapterInvalid, ParameterInvalid
 from moerge.tensors.files import Float32
 
-DEFAULT, PAPER = "default", "paper"
+DEFAULT, PAPER, HQ = "default", "paper", "hq"
 SIGMA = "sigma"
 # Alone, a tensor has no product to be unbiased in: keeping its norm is the rule for full differences and IA3.
 _LONE_RULE = "norm"
-
-
-class TensorSource(Protocol):
-    """Tensors by name, read one at a time; `claim` gives dtype and shape without reading."""
-
-    def names(self) -> list[str]: ...
-
-    def claim(self, name: str) -> tuple[str, tuple[int, ...]]: ...
-
-    def float32(self, name: str) -> Float32: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +41,15 @@ class Settings:
 
 
 def settings(parameters: Mapping[str, Any]) -> Settings:
-    """Values of the codec's parameters, each in its own range, as settings that fit together."""
-    preset = parameters["preset"]
-    rule = parameters["scale_rule"] or (SIGMA if preset == PAPER else "unbiased")
-    allowed = (SIGMA, published.STC) if preset == PAPER else scales.RULES
+    """Values of the codec's parameters, each in its own range, as settings that fit together.
+
+    `hq` may be named as preset or as scale rule; it is stored as both.
+    """
+    preset, rule = parameters["preset"], parameters["scale_rule"]
+    if preset == DEFAULT and rule == HQ:
+        preset = HQ
+    rule = rule or {PAPER: SIGMA, HQ: HQ}.get(preset, "unbiased")
+    allowed = {PAPER: (SIGMA, published.STC), HQ: (HQ,)}.get(preset, scales.RULES)
     if rule not in allowed:
         raise ParameterInvalid(
             f"The preset {preset} has no scale rule {rule}.", pointer="scale_rule", met=rule,
@@ -64,28 +62,29 @@ def settings(parameters: Mapping[str, Any]) -> Settings:
         )  # fmt: skip
     alpha = (parameters["alpha"] or 1.0) if rule == SIGMA else None
     density = parameters["density"] or selection.density_for(None)
-    lone_rule = parameters["scale_rule"] or _LONE_RULE
+    lone_rule = parameters["scale_rule"] if preset == DEFAULT and parameters["scale_rule"] else _LONE_RULE
     return Settings(preset=preset, density=density, scale_rule=rule, lone_rule=lone_rule, alpha=alpha)
 
 
 def passes(wanted: Settings) -> int:
     """How often each chosen tensor is read: the published rule needs its threshold and scale over all of them first."""
-    if wanted.preset == DEFAULT:
+    if wanted.preset != PAPER:
         return 1
     return 5 if wanted.scale_rule == published.STC else 4
 
 
 def chosen(source: TensorSource, preset: str, initial: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of the tensors to make ternary, sorted, with their initial values.
+    """Names of the tensors to encode, sorted, with their initial values.
 
-    LoRA factors start from 0; other tensors join only when `initial` names them. What has fewer than 1,024 values stays
-    as it is in the preset `default`; the published rule knows no such limit.
+    LoRA factors start from 0; one of fewer than 1,024 values stays as it is, but for the published rule, which knows
+    no such limit. Other tensors join only when `initial` names them, of whatever size.
     """
     wanted: dict[str, Any] = dict.fromkeys(selection.factors(source.names()), 0) | dict(initial)
     found = {}
     for name in sorted(wanted):
         dtype, shape = source.claim(name)
-        if dtype in DTYPES and (preset == PAPER or np.prod(shape, dtype=object) >= selection.SMALLEST):
+        is_large = np.prod(shape, dtype=object) >= selection.SMALLEST
+        if dtype in DTYPES and (is_large or name in initial or preset == PAPER):
             found[name] = wanted[name]
     return found
 
@@ -96,8 +95,11 @@ class Ternariser:
     Memory holds one tensor, or one LoRA pair, at a time.
     """
 
-    def __init__(self, source: TensorSource, names: Mapping[str, Any], wanted: Settings) -> None:
+    def __init__(
+        self, source: TensorSource, names: Mapping[str, Any], wanted: Settings, arithmetic: Arithmetic = NUMPY
+    ) -> None:
         self.ledger = Ledger()
+        self._arithmetic = arithmetic
         self._source = source
         self._initial = names
         self._settings = wanted
@@ -120,36 +122,19 @@ class Ternariser:
             self._warn_of_erased()
 
     def _difference(self, name: str) -> Float32:
-        """The task vector: the tensor minus its initial value. Raises AdapterInvalid for NaN and infinity."""
-        values = self._source.float32(name)
-        start = self._initial.get(name, 0)
-        if not isinstance(start, int) or start != 0:
-            values = values - (np.float32(start) if isinstance(start, int) else as_float32(start))
-        seen = 0
-        for part in selection.parts(values):
-            bad = ~np.isfinite(part)
-            if bad.any():
-                index = seen + int(np.argmax(bad))
-                raise AdapterInvalid(
-                    f"{name} holds {part[bad][0]} at index {index}, which is not a finite value.", pointer=name,
-                    met=f"{part[bad][0]} at index {index}", wanted="finite values",
-                    remedy="Train again with a lower learning rate or in bfloat16.",
-                )  # fmt: skip
-            seen += part.size
-        return values
+        return difference(self._source, name, self._initial.get(name, 0))
 
     def _keep(self, values: Float32) -> Positions:
         if self._plan is not None:
             return self._plan.keep(values)
-        return selection.keep_largest(values, self._settings.density)
+        return self._arithmetic.keep_largest(values, self._settings.density)
 
     def _make(self, name: str, values: Float32, positions: Positions, kept: Kept, scale: float) -> Ternary:
         dtype, shape = self._source.claim(name)
-        start = self._initial[name]
-        init: int | str = start if isinstance(start, int) else "base"
+        init = init_of(self._initial[name])
         made = ternary(name=name, dtype=dtype, values=values.reshape(shape), positions=positions, scale=scale,
                        init=init)  # fmt: skip
-        self.ledger.add_tensor(made, kept, flipped=scale < 0)
+        self.ledger.add_ternary(made, kept, flipped=scale < 0)
         return made
 
     def _lone(self, name: str) -> Ternary:
@@ -171,26 +156,33 @@ class Ternariser:
                 met=f"A {list(side_a.values.shape)}, B {list(side_b.values.shape)}",
                 wanted="A of rank x in, B of out x rank", remedy="Save the adapter again with save_pretrained.",
             )  # fmt: skip
-        flat_a, flat_b = (rank[0], -1), (-1, rank[0])
-        moments = scales.product(
-            side_a.values.reshape(flat_a),
-            side_b.values.reshape(flat_b),
-            side_a.image.reshape(flat_a),
-            side_b.image.reshape(flat_b),
-        )
+        A, B = side_a.values.reshape(rank[0], -1), side_b.values.reshape(-1, rank[0])
+        if self._settings.preset == HQ and side_a.positions is not None and side_b.positions is not None:
+            side_a, side_b = self._balanced(side_a, side_b, A, B)
+        moments = self._arithmetic.product(A, B, side_a.image.reshape(A.shape), side_b.image.reshape(B.shape))
         kept = [side for side in (side_a, side_b) if side.positions is not None]
         made = [
             self._make(side.name, side.values, side.positions, side.kept, scale)
             for side, scale in zip(kept, self._scales(kept, moments), strict=True)
             if side.positions is not None
         ]
-        self._note(side_a, side_b, moments, made)
+        self._note(side_a, side_b, (A, B), moments, made)
         return made
+
+    def _balanced(self, side_a: "_Side", side_b: "_Side", A: Float32, B: Float32) -> tuple["_Side", "_Side"]:
+        """The pair in other factors: balanced ones, the second solved again when the first has become ternary."""
+        first, second = balance.balanced(A, B)
+        new_a = self._ternary_side(side_a.name, first.reshape(side_a.values.shape))
+        solved = balance.compensated(first, second, new_a.image.reshape(A.shape))
+        return new_a, self._ternary_side(side_b.name, solved.reshape(side_b.values.shape))
 
     def _side(self, name: str) -> "_Side":
         values = self._difference(name)
         if name not in self._initial:
             return _Side(name, values, values, None, scales.measure(values, np.empty(0, np.int64)))
+        return self._ternary_side(name, values)
+
+    def _ternary_side(self, name: str, values: Float32) -> "_Side":
         positions = self._keep(values)
         kept = scales.measure(values, positions)
         return _Side(name, values, scales.image(values, positions, kept.mean), positions, kept)
@@ -202,18 +194,21 @@ class Ternariser:
         share = scales.factor(moments, self._settings.scale_rule) ** (1 / len(sides))
         return [side.kept.mean * share for side in sides]
 
-    def _note(self, side_a: "_Side", side_b: "_Side", moments: scales.Product, made: list[Ternary]) -> None:
+    def _note(
+        self,
+        side_a: "_Side",
+        side_b: "_Side",
+        originals: tuple[Float32, Float32],
+        moments: scales.Product,
+        made: list[Ternary],
+    ) -> None:
         factor = 1.0
         for tensor in made:
             mean = (side_a if tensor.name == side_a.name else side_b).kept.mean
             # Twice turned round or not at all: a negative scale of the release cancels out in a product.
             sign = -1.0 if len(made) == 1 and self._plan is not None and (self._plan.scale or 0.0) < 0 else 1.0
             factor *= sign * tensor.stored_scale / mean if mean else 0.0
-        sigmas = []
-        for letter, side in (("A", side_a), ("B", side_b)):
-            count, _, squares = selection.spread([side.values])
-            self.ledger.add_spread(letter, count, squares)
-            sigmas.append(sqrt(squares / count))
+        sigmas = [self.ledger.add_spread(letter, values) for letter, values in zip("AB", originals, strict=True)]
         self.ledger.add_module(
             selection.module_of(side_a.name), moments, factor=factor, sigmas=(sigmas[0], sigmas[1])
         )  # fmt: skip

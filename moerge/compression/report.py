@@ -4,19 +4,24 @@ from dataclasses import asdict, dataclass, field
 from math import sqrt
 from typing import Any
 
+from moerge.compression import selection
 from moerge.compression.scales import Kept, Product
 from moerge.compression.ternary import Ternary
+from moerge.tensors.files import Float32
 
 
 @dataclass(frozen=True)
 class TensorLoss:
-    """One ternary tensor. `cosine` and `rel_error` compare the task vector before and after; None for a zero one."""
+    """One tensor. `cosine` and `rel_error` compare the task vector before and after; None for a zero one.
+
+    `scale` is None where there is one for every row. With `hq` the task vector is the balanced factor.
+    """
 
     name: str
     dtype: str
     size: int
     kept: int
-    scale: float
+    scale: float | None
     cosine: float | None
     rel_error: float | None
 
@@ -35,7 +40,7 @@ class ModuleLoss:
 class Report:
     """A finished compression.
 
-    `ternary_bytes` are the bytes of the file that stand for ternary tensors, `ternary_original_bytes` the same tensors
+    `ternary_bytes` are the bytes of the file that stand for encoded tensors, `ternary_original_bytes` the same tensors
     in bfloat16; `bytes` and `original_bytes` are the whole files, with everything that stays as it is.
     """
 
@@ -63,7 +68,7 @@ class Report:
 
     @property
     def ternary_ratio(self) -> float | None:
-        """How many times smaller the ternary tensors alone are than bfloat16."""
+        """How many times smaller the encoded tensors alone are than bfloat16."""
         return self.ternary_original_bytes / self.ternary_bytes if self.size else None
 
     @property
@@ -110,16 +115,20 @@ class Ledger:
         self._variance = {"A": [0.0, 0.0], "B": [0.0, 0.0]}
         self._kept_of_b = [0, 0]
 
-    def add_tensor(self, made: Ternary, kept: Kept, *, flipped: bool = False) -> None:
-        """One tensor, by the scale that a reader will apply. `flipped`: the rule's scale was negative."""
+    def add_ternary(self, made: Ternary, kept: Kept, *, flipped: bool = False) -> None:
+        """One ternary tensor, by the scale that a reader will apply. `flipped`: the rule's scale was negative."""
         scale = -made.stored_scale if flipped else made.stored_scale
-        sums = _Sums()
-        sums.add(kept.squared_norm, scale * kept.mean * kept.count, scale**2 * made.positions.size)
-        self.all.add(sums.original, sums.across, sums.image)
-        self.tensors.append(
-            TensorLoss(made.name, made.dtype, made.size, made.positions.size, made.stored_scale, sums.cosine(),
-                       sums.rel_error())
-        )  # fmt: skip
+        inner = (kept.squared_norm, scale * kept.mean * kept.count, scale**2 * made.positions.size)
+        self.add_tensor(made.name, made.dtype, size=made.size, kept=made.positions.size, scale=made.stored_scale,
+                        inner=inner)  # fmt: skip
+
+    def add_tensor(
+        self, name: str, dtype: str, *, size: int, kept: int, scale: float | None, inner: tuple[float, float, float]
+    ) -> None:
+        """One tensor v and what a reader will see, v̂. `inner` is <v, v>, <v, v̂>, <v̂, v̂>."""
+        sums = _Sums(*inner)
+        self.all.add(*inner)
+        self.tensors.append(TensorLoss(name, dtype, size, kept, scale, sums.cosine(), sums.rel_error()))
 
     def add_module(self, module: str, moments: Product, *, factor: float, sigmas: tuple[float, float]) -> None:
         """One LoRA pair. `factor` is the one on the product of the two images, with stored scales."""
@@ -128,10 +137,12 @@ class Ledger:
         self.modules.append(ModuleLoss(module, moments.cosine() if factor else None, error, ratio))
         self.products.add(moments.oo, factor * moments.x, factor**2 * moments.hh)
 
-    def add_spread(self, side: str, count: int, squares: float) -> None:
-        """Count and sum of squared distances from the mean of one factor, for the ratio over all modules."""
+    def add_spread(self, side: str, values: Float32) -> float:
+        """Note one factor ("A" or "B") for the ratio over all modules; returns its standard deviation."""
+        count, _, squares = selection.spread([values])
         self._variance[side][0] += count
         self._variance[side][1] += squares
+        return sqrt(squares / count) if count else 0.0
 
     def add_kept_of_b(self, size: int, kept: int) -> None:
         self._kept_of_b[0] += size

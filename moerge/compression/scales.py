@@ -91,7 +91,7 @@ def factor(moments: Product, rule: str) -> float:
     if rule == "proj":
         return moments.x / moments.hh
     unbiased = min(moments.oo / moments.x, CAP * norm)
-    return unbiased if rule == "unbiased" else sqrt(unbiased * norm)
+    return sqrt(unbiased * norm) if rule == "geo" else unbiased
 
 
 def lone(kept: Kept, rule: str) -> float:

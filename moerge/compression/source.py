@@ -61,3 +61,8 @@ class Disk:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def open_source(data: bytes | bytearray | memoryview | str | Path) -> Source:
+    """Bytes as they are, or the file at a path. Raises OSError."""
+    return Disk(data) if isinstance(data, str | Path) else Memory(data)

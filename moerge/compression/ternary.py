@@ -60,6 +60,16 @@ def ternary(
                    init=init)  # fmt: skip
 
 
+def largest(dtype: str) -> float:
+    """The largest finite value of F32, F16 or BF16."""
+    return _LARGEST[dtype]
+
+
+def smallest(dtype: str) -> float:
+    """The smallest positive value of F32, F16 or BF16."""
+    return _SMALLEST[dtype]
+
+
 def round_scale(scale: npt.NDArray[np.float32] | np.float32, dtype: str) -> npt.NDArray[np.float32]:
     """Float32 scales rounded to nearest even in a dtype, as float32; beyond its range they become infinite or zero."""
     values = np.asarray(scale, np.float32)

@@ -51,7 +51,16 @@ class Lazy:
     make: Callable[[], "Array | BF16"]
 
 
-Tensor = Array | BF16 | Lazy
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor whose stored bytes come in blocks when it is written, so that not even one lies in memory as a whole."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterator[bytes]]
+
+
+Tensor = Array | BF16 | Lazy | Streamed
 
 
 def to_bf16(values: npt.NDArray[np.floating[Any]]) -> UInt16:
@@ -210,7 +219,7 @@ def check_agreement(path: str | Path, parsed: Header) -> None:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors (name -> numpy array, BF16 or Lazy) as safetensors; the same input gives the same bytes.
+    """Write tensors (name -> numpy array, BF16, Lazy or Streamed) as safetensors; the same input gives the same bytes.
 
     Wide dtypes come first and names are sorted, as the reference writer does, so that every tensor lies aligned.
     """
@@ -233,13 +242,23 @@ def dump(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        stream.write(_bytes(name, tensors[name], claims[name]))
+        tensor = tensors[name]
+        if isinstance(tensor, Streamed):
+            _pour(stream, name, tensor)
+        else:
+            stream.write(_bytes(name, tensor, claims[name]))
 
 
-def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
+def sha256(path: str | Path, progress: Callable[[float], None] | None = None) -> str:
+    """Hex SHA-256 of a file, read in blocks; `progress` hears the share that is done."""
+    digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        size = os.fstat(stream.fileno()).st_size
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            if progress:
+                progress(min(1.0, stream.tell() / max(1, size)))
+    return digest.hexdigest()
 
 
 def float32_blocks(file: SafetensorsFile, name: str, count: int = _BLOCK_BYTES // 4) -> Iterator[Float32]:
@@ -257,14 +276,26 @@ def raw_blocks(file: SafetensorsFile, name: str, count_bytes: int = _BLOCK_BYTES
 
 def claim(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
     """Safetensors dtype and shape under which `write` will store a tensor."""
-    if isinstance(tensor, Lazy):
+    if isinstance(tensor, Lazy | Streamed):
         return tensor.dtype, tensor.shape
     if isinstance(tensor, BF16):
         return "BF16", tensor.bits.shape
     return _NAMES[tensor.dtype.newbyteorder("<") if tensor.dtype.itemsize > 1 else tensor.dtype], tensor.shape
 
 
-def _bytes(name: str, tensor: Tensor, wanted: tuple[str, tuple[int, ...]]) -> memoryview | bytes:
+def nbytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a file, its header entry aside."""
+    dtype, shape = claim(tensor)
+    return prod(shape) * header.ITEM_BYTES[dtype]
+
+
+def _pour(stream: BinaryIO, name: str, tensor: Streamed) -> None:
+    written = sum(stream.write(block) for block in tensor.blocks())
+    if written != nbytes(tensor):
+        raise ValueError(f"{name} was announced with {nbytes(tensor)} bytes and came with {written}")
+
+
+def _bytes(name: str, tensor: Array | BF16 | Lazy, wanted: tuple[str, tuple[int, ...]]) -> bytes:
     made = tensor.make() if isinstance(tensor, Lazy) else tensor
     if claim(made) != wanted:
         raise ValueError(f"{name} was announced as {wanted} and made as {claim(made)}")

@@ -40,7 +40,7 @@ class Limits:
     empty_tensors: bool = False
 
 
-COMPEFT = Limits(dtypes=WEIGHT_DTYPES | {"U8", "I64"}, name_pattern=r"(plain/)?[A-Za-z0-9_.\-]+", empty_tensors=True)
+COMPEFT = Limits(dtypes=frozenset(ITEM_BYTES), name_pattern=r"(plain/)?[A-Za-z0-9_.\-]+", empty_tensors=True)
 
 
 @dataclass(frozen=True, slots=True)

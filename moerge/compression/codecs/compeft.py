@@ -6,22 +6,23 @@ a reader checks.
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from moerge.compression import manifest, planes, presets
+from moerge.compression import manifest, planes, presets, published, scales
+from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
+from moerge.compression.differences import Arrays, TensorSource
 from moerge.compression.manifest import Budget
-from moerge.compression.presets import Settings, TensorSource, Ternariser
+from moerge.compression.presets import Settings, Ternariser
 from moerge.compression.reader import Initial, open_encoded
 from moerge.compression.report import Ledger
-from moerge.compression.ternary import as_float32
 from moerge.compression.writer import Writer, Written
 from moerge.tensors import files
-from moerge.tensors.files import BF16, Array, Float32
+from moerge.tensors.files import BF16, Array
 from moerge.tensors.header import ITEM_BYTES
 
 SPEC = Spec(
@@ -33,8 +34,9 @@ SPEC = Spec(
         Parameter(
             name="preset",
             default=presets.DEFAULT,
-            choices=(presets.DEFAULT, presets.PAPER),
-            help="default: one threshold and scale per tensor, no evaluation data needed. paper: the authors' release.",
+            choices=(presets.DEFAULT, presets.PAPER, presets.HQ),
+            help="default: one threshold and scale per tensor, no evaluation data needed. hq: better at densities of "
+            "a few percent, but the factors change their basis. paper: the authors' release.",
         ),
         Parameter(
             name="density",
@@ -47,9 +49,9 @@ SPEC = Spec(
         Parameter(
             name="scale_rule",
             default=None,
-            choices=("unbiased", "norm", "proj", "geo", "mse", "sigma", "stc"),
-            help="How scales are found. Preset default: unbiased (its default), norm, proj, geo, mse. "
-            "Preset paper: sigma (its default), stc.",
+            choices=(*scales.RULES, presets.HQ, presets.SIGMA, published.STC),
+            help="How scales are found. Preset default: unbiased (its default), norm, proj, geo, mse; hq means the "
+            "preset hq. Preset paper: sigma (its default), stc.",
         ),
         Parameter(
             name="alpha",
@@ -78,9 +80,9 @@ def encode(
 ) -> bytes:
     """Tensors as the bytes of a `compeft/1` file; the same input gives the same bytes.
 
-    LoRA factors of at least 1,024 values become ternary, and the tensors that `initial` names (its values: 0, 1 or a
-    base tensor, from which the difference is taken); all others stay as they are. Raises ParameterInvalid,
-    AdapterInvalid for values that are not finite.
+    LoRA factors of at least 1,024 values become ternary, and the tensors that `initial` names (its values: 0, 1, a base
+    tensor from which the difference is taken, or a function that reads one); all others stay as they are. Raises
+    ParameterInvalid, AdapterInvalid for values that are not finite.
     """
     stream = io.BytesIO()
     write(stream, Arrays(tensors), tensors, settings(parameters), initial=initial or {}, metadata=metadata or {})
@@ -111,15 +113,20 @@ def write(
     *,
     initial: Mapping[str, Any],
     metadata: Mapping[str, str],
+    arithmetic: Arithmetic = NUMPY,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Written, Ledger]:
-    """Encode what `source` reads, one tensor at a time; `tensors` are the same tensors as they stay when plain."""
+    """Encode what `source` reads, one tensor at a time; `tensors` are the same tensors as they stay when plain.
+
+    `progress` hears of the end of the work, when the planes are written: the share of them that is done.
+    """
     names = presets.chosen(source, wanted.preset, initial)
-    ternariser = Ternariser(source, names, wanted)
+    ternariser = Ternariser(source, names, wanted, arithmetic)
     with Writer() as writer:
         for made in ternariser:
             writer.add(made)
         plain = {name: tensor for name, tensor in tensors.items() if name not in names}
-        written = writer.finish(stream, plain=plain, metadata={**metadata, **_facts(wanted)})
+        written = writer.finish(stream, plain=plain, metadata={**metadata, **_facts(wanted)}, progress=progress)
     return written, ternariser.ledger
 
 
@@ -169,19 +176,3 @@ def _facts(wanted: Settings) -> dict[str, str]:
         "writer": WRITER,
     }
     return facts if wanted.alpha is None else facts | {"alpha": repr(wanted.alpha)}
-
-
-class Arrays:
-    """Tensors that are already in memory, as a source."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return sorted(self._tensors)
-
-    def claim(self, name: str) -> tuple[str, tuple[int, ...]]:
-        return files.claim(self._tensors[name])
-
-    def float32(self, name: str) -> Float32:
-        return as_float32(self._tensors[name])

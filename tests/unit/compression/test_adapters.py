@@ -80,7 +80,7 @@ def test_the_report_counts_what_lies_on_disk(adapter, tmp_path):
     assert report.alpha is None
     assert report.warnings == ()
     with open_encoded(tmp_path / "x") as encoded:
-        assert report.ternary_bytes == encoded.ternary_bytes
+        assert report.ternary_bytes == encoded.encoded_bytes
         assert report.planes_sha256 == encoded.metadata["planes_sha256"]
         assert encoded.metadata["source_sha256"] == report.source_sha256
         assert encoded.metadata["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"

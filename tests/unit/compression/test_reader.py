@@ -158,7 +158,7 @@ def test_facts_of_an_open_file(tmp_path):
         assert encoded.claim("head") == ("F32", (2, 3))
         assert encoded.file_bytes == path.stat().st_size
         sizes = [len(tensor[2]) for name, tensor in reference.shell(path.read_bytes())[1].items() if "/" not in name]
-        assert encoded.ternary_bytes == sum(sizes)
+        assert encoded.encoded_bytes == sum(sizes)
         assert encoded.tensor("head").tolist() == [[0, 1, 2], [3, 4, 5]]
         with pytest.raises(KeyError):
             encoded.tensor("nothing")
