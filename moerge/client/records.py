@@ -1,0 +1,144 @@
+"""Answers of the API as records: checked where they come in, so that nothing behind asks what a field is."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from moerge.client.errors import AnswerInvalid, JobFailed, PathUnsafe
+
+FILES = 10_000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+_OVER = frozenset({"done", "not_applicable", "failed", "cancelled"})
+_CONTROL = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a revision; the path is plain and relative."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of an expert or a merge at one commit."""
+
+    full_name: str
+    commit: str
+    base_model: str
+    files: tuple[File, ...]
+
+    def file(self, path: str) -> File | None:
+        return next((file for file in self.files if file.path == path), None)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work of the hub; `progress` is a share, 0 to 1."""
+
+    id: str
+    kind: str
+    state: str
+    progress: float
+    message: str
+    error: str
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in _OVER
+
+    def raise_if_failed(self) -> None:
+        """Raises JobFailed for a job that ended without its result."""
+        if self.state in {"failed", "cancelled"}:
+            raise JobFailed(
+                f"The hub's job {self.id} ({self.kind}) {self.state}: {self.error or 'no reason was given'}",
+                pointer=self.id, met=self.state, wanted="done",
+                remedy="Correct what the reason names; an owner can try the job again on the expert's page.",
+            )  # fmt: skip
+
+
+def snapshot(body: Any, *, full_name: str, commit_field: str) -> Snapshot:
+    """An expert's or a merge's record. Raises AnswerInvalid, PathUnsafe."""
+    fields = _object(body, "the record")
+    rows = fields.get("files")
+    if not isinstance(rows, list) or len(rows) > FILES:
+        raise _odd("files", rows, f"a list of at most {FILES} files")
+    files = tuple(_file(row) for row in rows)
+    check_paths(file.path for file in files)
+    commit, base = fields.get(commit_field), fields.get("base_model")
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise _odd(commit_field, commit, "40 hexadecimal digits")
+    return Snapshot(full_name, commit, base if isinstance(base, str) else "", files)
+
+
+def job(body: Any) -> Job:
+    """A job's record. Raises AnswerInvalid."""
+    fields = _object(body, "the job")
+    progress = fields.get("progress")
+    error = fields.get("error")
+    share = float(progress) if isinstance(progress, int | float) and not isinstance(progress, bool) else 0.0
+    return Job(
+        id=str(fields.get("id") or "")[:64],
+        kind=str(fields.get("kind") or "")[:64],
+        state=str(fields.get("state") or "")[:64],
+        progress=min(1.0, max(0.0, share)),
+        message=str(fields.get("message") or "")[:300],
+        error=str(error.get("detail") or "")[:1000] if isinstance(error, dict) else "",
+    )
+
+
+def merge_state(body: Any) -> tuple[str, Job | None]:
+    """State of a merge and the job that computes it. Raises AnswerInvalid."""
+    fields = _object(body, "the merge")
+    return str(fields.get("state") or ""), job(fields["job"]) if fields.get("job") else None
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Every path plain and relative, none twice, none a folder of another. Raises PathUnsafe."""
+    seen: set[str] = set()
+    for path in paths:
+        parts = path.split("/")
+        is_plain = all(part not in {"", ".", ".."} and len(part.encode(errors="replace")) <= 255 for part in parts)
+        odd = any(unicodedata.category(sign) in _CONTROL or sign in '\\:*?"<>|' for sign in path)
+        if not is_plain or odd or path.startswith("~") or path in seen:
+            raise PathUnsafe(
+                f"The hub names a file {ascii(path)[:120]}, which is not taken.", pointer=ascii(path)[:120],
+                met=ascii(path)[:120], wanted="a plain relative path, once", remedy="Tell the owner of the expert.",
+            )  # fmt: skip
+        seen.add(path)
+    folders = {"/".join(path.split("/")[:end]) for path in seen for end in range(1, path.count("/") + 1)}
+    if both := sorted(folders & seen):
+        raise PathUnsafe(
+            f"The hub names {both[0]!r} as a file and as a folder.", pointer=both[0], met="both", wanted="one of them",
+            remedy="Tell the owner of the expert.",
+        )  # fmt: skip
+
+
+def _file(row: Any) -> File:
+    fields = _object(row, "a file")
+    path, size, sha256 = fields.get("path"), fields.get("size"), fields.get("sha256")
+    if not isinstance(path, str):
+        raise _odd("files/path", path, "a text")
+    if type(size) is not int or size < 0:
+        raise _odd(f"{path[:80]}/size", size, "a number of bytes")
+    if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
+        raise _odd(f"{path[:80]}/sha256", sha256, "64 hexadecimal digits")
+    return File(path, size, sha256)
+
+
+def _object(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _odd(what, value, "an object")
+    return value
+
+
+def _odd(what: str, met: Any, wanted: str) -> AnswerInvalid:
+    return AnswerInvalid(
+        f"The hub's answer has an odd {what}.", pointer=what, met=ascii(met)[:120], wanted=wanted,
+        remedy="Check that the endpoint is the address of a hub of this version.",
+    )  # fmt: skip
