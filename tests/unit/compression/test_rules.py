@@ -250,7 +250,8 @@ def test_a_hostile_file_is_refused_by_its_rule(rule, data, options):
 
 
 def test_every_rule_has_a_hostile_file():
-    assert {rule for rule, _, _ in HOSTILE} == set(RULES)
+    # C6.code is of the container int4 alone; test_int4 has its files.
+    assert {rule for rule, _, _ in HOSTILE} == set(RULES) - {"C6.code"}
 
 
 @pytest.mark.parametrize(
