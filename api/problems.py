@@ -1,10 +1,10 @@
 """Errors as problem+json (RFC 9457): the only place that turns a HubError into an HTTP answer."""
 
 import logging
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import InterfaceError, OperationalError
-from django.http import Http404, JsonResponse
+from django.http import Http404, HttpResponseBase, JsonResponse
 from django.http.request import RawPostDataException, UnreadablePostError
 from rest_framework import exceptions
 from rest_framework.response import Response
@@ -29,6 +29,7 @@ from registry.errors import (
 )
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer", bound=HttpResponseBase)
 CONTENT_TYPE = "application/problem+json"
 
 
@@ -62,7 +63,14 @@ def answer(error: HubError) -> JsonResponse:
     body = record(error)
     if (offset := getattr(error, "offset", None)) is not None:
         body["offset"] = offset
-    return JsonResponse(body, status=error.status, content_type=CONTENT_TYPE, headers=headers(error))
+    return quiet(JsonResponse(body, status=error.status, content_type=CONTENT_TYPE, headers=headers(error)), error)
+
+
+def quiet(response: Answer, error: HubError) -> Answer:
+    """The answer, without a line in the log for each time somebody looks whether a form is there."""
+    if isinstance(error, FormPending):
+        response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001 - Django logs every other 503
+    return response
 
 
 def handle(error: Exception, _context: dict[str, Any]) -> Response | JsonResponse | None:

@@ -2,7 +2,7 @@
 
 from django.urls import path
 
-from frontend.views import account, catalogue, docs, home, merging, uploading
+from frontend.views import account, catalogue, compression, docs, home, merging, uploading
 
 urlpatterns = [
     path("", home.home, name="home"),
@@ -23,6 +23,7 @@ urlpatterns = [
     path("<str:owner>", catalogue.owner, name="owner"),
     path("<str:owner>/<str:name>", catalogue.expert, name="expert"),
     path("<str:owner>/<str:name>/status", catalogue.status, name="expert-status"),
+    path("<str:owner>/<str:name>/compressed", compression.forms, name="expert-compressed"),
     path("<str:owner>/<str:name>/change", catalogue.change, name="expert-change"),
     path("<str:owner>/<str:name>/tree/<str:revision>", catalogue.expert, name="expert-tree"),
 ]

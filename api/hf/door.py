@@ -112,7 +112,8 @@ def failure(error: HubError) -> HttpResponse:
     elif isinstance(error, FileNotFound):
         headers["X-Error-Code"] = "EntryNotFound"
     errors = [fault.as_dict() | {"message": sentence(fault)} for fault in error.faults]
-    return refusal(message, status=error.status, code=error.code, errors=errors, headers=headers)
+    response = refusal(message, status=error.status, code=error.code, errors=errors, headers=headers)
+    return problems.quiet(response, error)
 
 
 def refusal(

@@ -7,7 +7,7 @@ from django.http import HttpRequest
 from rest_framework.request import Request
 
 from registry import jobs, selectors
-from registry.checks import compression
+from registry.checks.compression import Form
 from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision
 
 AnyRequest = HttpRequest | Request
@@ -118,9 +118,7 @@ def form(
     row: Encoded, revision: Revision, full_name: str, request: AnyRequest, *, accuracy: float | None
 ) -> dict[str, Any]:
     report = row.report
-    query = "" if row.is_own else f"&preset={row.preset}"
-    if not row.is_own and row.preset != compression.INT4:
-        query += f"&density={row.density:g}"
+    query = "" if row.is_own else f"&{Form(row.preset, row.density, row.variant).query}"
     address = f"/api/v1/experts/{full_name}/compressed?revision={revision.commit}{query}"
     return {
         "preset": row.preset,

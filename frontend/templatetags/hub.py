@@ -7,6 +7,8 @@ from django import template
 from django.utils.safestring import SafeString, mark_safe
 from markdown_it import MarkdownIt
 
+from frontend import charts
+
 register = template.Library()
 TAGS = {
     "p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "em", "strong", "code", "pre", "blockquote", "hr", "br",
@@ -31,6 +33,17 @@ def bytes_size(count: int | None) -> str:
 @register.filter
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+@register.filter
+def share(density: float | None) -> str:
+    """0.05 as 5 %."""
+    return "–" if density is None else charts.share_text(density)
+
+
+@register.filter
+def times(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.1f}x"
 
 
 @register.filter

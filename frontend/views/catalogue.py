@@ -9,8 +9,9 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_POST
 
+from frontend.views import compression
 from frontend.views.common import page
-from registry import selectors
+from registry import jobs, selectors
 from registry.errors import ExpertNotFound, FileNotFound, NotAllowed
 from registry.models import Expert, Job, Namespace, Revision, User
 from registry.services import downloads, experts
@@ -62,13 +63,15 @@ def expert(request: HttpRequest, owner: str, name: str, revision: str = "main") 
     shown = head
     if revision != "main":
         shown = selectors.revision(selectors.Repository(found, None), revision)
+    evaluations = list(shown.evaluations.order_by("pk")) if shown else []
     context = {
         "expert": found,
         "revision": shown,
         "is_head": shown == head,
         "files": shown.files.select_related("blob") if shown else [],
-        "encoded": selectors.encoded(shown) if shown else None,
-        "evaluations": shown.evaluations.all() if shown else [],
+        **compression.context(request, found, shown),
+        "evaluations": evaluations,
+        "has_measured_forms": any(row.preset for row in evaluations),
         "history": selectors.history(found)[:20],
         "card": card_body(shown),
         "children": selectors.merges_of(found, request.user)[:20],
@@ -86,7 +89,7 @@ def status(request: HttpRequest, owner: str, name: str) -> HttpResponse:
 
 
 def progress(revision: Revision | None) -> dict[str, object]:
-    rows = list(revision.jobs.all()) if revision else []
+    rows = list(jobs.of_pipeline(revision.pk)) if revision else []
     return {
         "jobs": rows,
         "state": revision.state if revision else "incomplete",

@@ -5,6 +5,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 
 from frontend.views.common import page
+from registry.checks import compression
 from registry.models import BaseModel, Membership
 
 
@@ -16,4 +17,5 @@ def upload(request: HttpRequest) -> HttpResponse:
         "namespace__name", flat=True
     )
     bases = BaseModel.objects.order_by("name").values_list("name", flat=True)
-    return render(request, "hub/upload.html", {"spaces": list(spaces), "bases": list(bases)})
+    context = {"spaces": list(spaces), "bases": list(bases), "densities": compression.STANDARD_DENSITIES}
+    return render(request, "hub/upload.html", context)

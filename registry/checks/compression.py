@@ -47,6 +47,11 @@ class Form:
     def key(self) -> str:
         return f"{self.preset}:{self.density:g}:{self.variant}"
 
+    @property
+    def query(self) -> str:
+        """How the download of a form with the preset's own rule is addressed."""
+        return f"preset={self.preset}" + ("" if self.preset == INT4 else f"&density={self.density:g}")
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -123,8 +123,8 @@ def check_queue(user: User | None) -> None:
 
 
 def unfinished(revision: Revision) -> dict[Form, Job]:
-    """The jobs that make forms beside the revision's own and have come to nothing yet, by form."""
-    rows = Job.objects.filter(revision=revision, kind=JobKind.COMPRESS, parameters__has_key=EXTRA)
+    """The jobs that make forms of a revision and have come to nothing yet, by form."""
+    rows = Job.objects.filter(revision=revision, kind=JobKind.COMPRESS).order_by("created_at")
     return {
         form_of(revision, Choice.of(row.parameters)): row
         for row in rows.exclude(state__in=[Job.State.DONE, Job.State.CANCELLED])

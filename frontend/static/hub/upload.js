@@ -198,10 +198,15 @@ async function run() {
   const card = {};
   for (const name of ["description", "base_model", "licence"]) if (field(name)) card[name] = field(name);
   if (examples().length) card.examples = examples();
+  const compression = {};
+  if (field("preset")) compression.preset = field("preset");
+  // int4 keeps every value.
+  if (field("density") && field("preset") !== "int4") compression.density = Number(field("density"));
   const upload = await call("POST", "/api/v1/uploads", {
     expert: `${field("owner")}/${field("name")}`,
     private: field("visibility") === "private",
     card,
+    compression,
     files: promised,
   });
   let sent = 0;

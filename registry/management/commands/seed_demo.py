@@ -12,6 +12,8 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 CHUNK_BYTES = 4 * 2**20
+# Beside the form that every upload gets, so that the pages of the demo show how size follows density.
+MORE_DENSITIES = (0.05, 0.1, 0.5)
 FOLDER = Path(__file__).resolve().parents[3] / "examples" / "experts"
 PATIENCE_SECONDS = 120
 
@@ -42,6 +44,7 @@ class Command(BaseCommand):
                     self.stdout.write(f"{name}: {'uploaded' if hub.upload(name, folder) else 'there already'}")
                 if not options["no_wait"]:
                     self._wait(hub, names, until=time.monotonic() + options["timeout"])
+                    hub.ask_for_forms(names)
             except Refused as error:
                 raise CommandError(str(error)) from error
 
@@ -97,6 +100,15 @@ class Hub:
             self._send(row["url"], files[row["path"]], row["offset"])
         self.ask("POST", f"/api/v1/uploads/{upload['id']}/complete", json={"message": "Demo expert"})
         return True
+
+    def ask_for_forms(self, names: list[str]) -> None:
+        """Have more compressed forms made; they come when they come, and nobody waits for them here."""
+        for name in names:
+            for density in MORE_DENSITIES:
+                try:
+                    self._client.head(f"/api/v1/experts/{name}/compressed", params={"density": density})
+                except httpx.TransportError:
+                    return
 
     def _send(self, url: str, file: Path, offset: int) -> None:
         """Send a file from `offset` on; a chunk of which the hub has more or less goes on from where the hub stands."""
