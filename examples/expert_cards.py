@@ -167,7 +167,7 @@ def _results(name: str, *, source: Mapping[str, Any], measured: Measured, n_labe
         f"{source['title']}, none of which was used in training. Base and expert see the same rows and label texts."
     )
     rows = "\n".join(
-        f"| {100 * density:g} % | {100 * value:.1f} % | {round(100 * (value - measured.accuracy), 1) + 0.0:+.1f} points |"
+        f"| {100 * density:g} % | {100 * value:.1f} % | {_points(value - measured.accuracy)} points |"
         for density, value in measured.compressed.items()
     )
     small = (
@@ -246,6 +246,11 @@ def _licence(source: Mapping[str, Any]) -> str:
         "this folder."
     )
     return f"## Licence and attribution\n\n{_wrapped(words)}\n\n{_wrapped(base)}"
+
+
+def _points(difference: float) -> str:
+    """A difference of shares in points, never a negative zero."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def _wrapped(words: str) -> str:
