@@ -79,7 +79,7 @@ def decompress(
         needs_base = initial is None and any(entry.init == "base" for entry in encoded.entries.values())
         checkpoint = _base_of(encoded, base) if needs_base else None
         try:
-            read = initial if checkpoint is None else _reader(encoded, checkpoint)
+            read = encoded.reader(initial if checkpoint is None else _from_base(encoded, checkpoint))
             folder.mkdir(parents=True, exist_ok=True)
             weights = folder / (checkpoints.WEIGHTS_FILE if is_checkpoint else WEIGHTS_FILE)
             with replacing(weights) as stream:
@@ -115,7 +115,7 @@ def _base_of(encoded: Encoded | Quantised, base: str | Path | None) -> Checkpoin
     return checkpoint
 
 
-def _reader(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
+def _from_base(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
     def read(name: str) -> Array | BF16:
         found = checkpoint.same_as(name, encoded.claim(name)[1])
         if found is None:
@@ -128,9 +128,8 @@ def _reader(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
     return read
 
 
-def _decoded(encoded: Encoded | Quantised, name: str, initial: Initial | None) -> Lazy:
-    dtype, shape = encoded.claim(name)
-    return Lazy(dtype, shape, lambda: encoded.tensor(name, initial))
+def _decoded(encoded: Encoded | Quantised, name: str, read: Callable[[str], Array | BF16]) -> Lazy:
+    return Lazy(*encoded.claim(name), lambda: read(name))
 
 
 def _config_beside(path: Path, name: str) -> bytes | None:

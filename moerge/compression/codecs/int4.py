@@ -285,8 +285,17 @@ class Quantised:
 
     def tensor(self, name: str, initial: Initial | None = None) -> Array | BF16:
         """One tensor, without reading the others. Raises KeyError for an unknown name."""
-        entry = self.entries.get(name)
-        return self._shell.plain_tensor(name) if entry is None else self._decode(entry, Cursor(self._pieces), initial)
+        return self.reader(initial)(name)
+
+    def reader(self, initial: Initial | None = None) -> Callable[[str], Array | BF16]:
+        """`tensor` for one thread that asks for many: neighbours in the manifest share what they are decoded from."""
+        cursor = Cursor(self._pieces)
+
+        def read(name: str) -> Array | BF16:
+            entry = self.entries.get(name)
+            return self._shell.plain_tensor(name) if entry is None else self._decode(entry, cursor, initial)
+
+        return read
 
     def claim(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Dtype and shape that `tensor` will give. Raises KeyError for an unknown name."""

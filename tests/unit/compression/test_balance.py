@@ -8,7 +8,7 @@ from moerge.compression.codecs import compeft
 from moerge.compression.reader import open_encoded
 from moerge.errors import ParameterInvalid
 from moerge.tensors import files
-from tests.unit.compression import reference, samples
+from tests.unit.compression import reference
 
 SHAPES = [(8, 200, 160), (4, 300, 3), (6, 4, 400), (1, 50, 70)]
 

@@ -271,7 +271,7 @@ def test_a_folder_of_pickles_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (tmp_path / "in/adapter_model.bin").write_bytes(b"")
-    with pytest.raises(AdapterInvalid, match="no adapter_model.safetensors"):
+    with pytest.raises(AdapterInvalid, match=r"no adapter_model\.safetensors"):
         compress(tmp_path / "in", tmp_path / "x")
 
 
