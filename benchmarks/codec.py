@@ -1,9 +1,10 @@
-"""Size, speed and memory of the ComPEFT codec, beside the Shannon bound, general compressors and a plain read."""
+"""Size, speed and memory of the ComPEFT codec, beside the Shannon bound, zstd, Golomb-Rice and a plain read."""
 
 import argparse
-import importlib.util
 import io
+import json
 import lzma
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zstandard
 
+from benchmarks import golomb_rice
 from moerge.compression import compress_adapter, planes
 from moerge.compression.codecs import compeft
 from moerge.compression.ternary import Ternary
@@ -24,6 +27,7 @@ from moerge.tensors import files
 from moerge.tensors.files import BF16
 
 NAME = "codec"
+GOLOMB_RICE = "Golomb-Rice"
 SUMMARY = "ComPEFT files: size against Shannon, encode and decode rates, peak memory"
 
 DENSITIES = (0.05, 0.1, 0.2, 0.5)
@@ -40,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=int, default=5, help="times each step is run; the fastest counts (default: 5)"
     )
     parser.add_argument("--adapter", type=Path, help="an adapter folder to compress too")
+    parser.add_argument(
+        "--large", action="store_true", help="also an adapter of 1.6 GB, in processes of its own (two minutes)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -54,6 +61,8 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows += compress_rows(arguments)
     if arguments.adapter:
         rows += real_rows(arguments.adapter)
+    if arguments.large:
+        rows += big_rows()
     return rows
 
 
@@ -109,39 +118,86 @@ def large_rows(arguments: argparse.Namespace, density: float, plain: float) -> l
         row(f"decode, peak memory beyond the output, {suffix}", memory, "bytes", target=MEMORY_TARGET,
             met=memory <= MEMORY_TARGET),
     ]  # fmt: skip
-    return rows + peer_rows(arguments, trits, suffix, bits=bits, decode_rate=rate)
+    return rows + peer_rows(arguments, trits, suffix, bits=bits, decode_rate=rate, encode_rate=write)
 
 
 def peer_rows(
-    arguments: argparse.Namespace, trits: np.ndarray, suffix: str, *, bits: float, decode_rate: float
+    arguments: argparse.Namespace,
+    trits: np.ndarray,
+    suffix: str,
+    *,
+    bits: float,
+    decode_rate: float,
+    encode_rate: float,
 ) -> list[dict[str, Any]]:
-    """General compressors on the same planes: their size, and the rate at which they alone give the planes back."""
+    """Other compressors on the same planes: their size, and the rates at which they alone pack and give back."""
     positions = np.flatnonzero(trits)
-    plane = planes.pack(positions, trits.size, planes.coding_for(positions.size, trits.size)).tobytes()
-    signs = planes.pack_signs(trits[positions] < 0).tobytes()
+    coding = planes.coding_for(positions.size, trits.size)
+    plane = planes.pack(positions, trits.size, coding).tobytes()
+    gaps = np.diff(positions, prepend=-1) - 1
+    signs = planes.pack_signs(trits[positions] < 0).nbytes
+    gigabytes = 2 * trits.size / 1e9
     rows = []
     for name, (pack, unpack) in compressors().items():
-        packed = pack(plane)
-        seconds, _ = fastest(lambda packed=packed, unpack=unpack: unpack(packed), min(3, arguments.repeats))
-        peer_bits = 8 * (len(packed) + len(signs)) / trits.size
-        rows.append(row(f"bits per value, {suffix}, against {name}", bits, "bits", peer=name, peer_value=peer_bits))
-        rows.append(
+        given = gaps if name == GOLOMB_RICE else plane
+        write_s, packed = fastest(lambda pack=pack, given=given: pack(given), min(2, arguments.repeats))
+        read_s, back = fastest(lambda packed=packed, unpack=unpack: unpack(packed), min(3, arguments.repeats))
+        if not np.array_equal(back, given) if name == GOLOMB_RICE else back != given:
+            raise ValueError(f"{name} did not give back what it was given")
+        peer_bits = 8 * (len(packed) + signs) / trits.size
+        rows += [
+            row(f"bits per value, {suffix}, against {name}", bits, "bits", peer=name, peer_value=peer_bits),
             row(f"decode to bf16, {suffix}, against {name} giving back planes alone", decode_rate, "GB/s", peer=name,
-                peer_value=2 * trits.size / 1e9 / seconds)
-        )  # fmt: skip
+                peer_value=gigabytes / read_s),
+            row(f"encode from trits, {suffix}, against {name} packing planes alone", encode_rate, "GB/s", peer=name,
+                peer_value=gigabytes / write_s),
+        ]  # fmt: skip
     return rows
 
 
-def compressors() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
-    found: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {}
-    if importlib.util.find_spec("zstandard"):
-        import zstandard  # noqa: PLC0415 - only where it is installed
-
-        for level in (1, 3):
-            packer, unpacker = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
-            found[f"zstd {level}"] = (packer.compress, unpacker.decompress)
+def compressors() -> dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]]:
+    found: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]] = {}
+    for level in (1, 3):
+        packer, unpacker = zstandard.ZstdCompressor(level=level), zstandard.ZstdDecompressor()
+        found[f"zstd {level}"] = (packer.compress, unpacker.decompress)
+    found[GOLOMB_RICE] = (golomb_rice.encode, golomb_rice.decode)
     found["zlib 6"] = (lambda data: zlib.compress(data, 6), zlib.decompress)
     found["xz 1"] = (lambda data: lzma.compress(data, preset=1), lzma.decompress)
+    return found
+
+
+def big_rows() -> list[dict[str, Any]]:
+    """The largest adapter people have: rank 64 on 65 B parameters, 1.6 GB in bfloat16."""
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        say("making an adapter of 1.6 GB")
+        size = large_step(place, "make")["bytes"]
+        for density in (0.05, 0.2):
+            say(f"compressing it at density {density:.0%}")
+            done = large_step(place, "compress", "--density", str(density))
+            back = large_step(place, "decompress")
+            limit = 4 * done["largest_tensor_bytes"] + 300e6
+            suffix = f"adapter of {size / 1e9:.2f} GB, k={density:.0%}"
+            growth = done["growth_bytes"]
+            silence = done["longest_silence_s"]
+            rows += [
+                row(f"memory growth of compressing, {suffix}", growth, "bytes", target=limit, met=growth <= limit),
+                row(f"longest time without progress, {suffix}", silence, "s", target=2, met=silence <= 2),
+                row(f"compress, {suffix}", size / 1e9 / done["cpu_s"], "GB/s"),
+                row(f"whole file, {suffix}", done["bytes"], "bytes", peer="bf16", peer_value=size),
+                row(f"check, decode and write, {suffix}", size / 1e9 / back["cpu_s"], "GB/s"),
+                row(f"memory growth of decompressing, {suffix}", back["growth_bytes"], "bytes"),
+            ]
+    return rows
+
+
+def large_step(place: str, *step: str) -> dict[str, float]:
+    """One step in a process of its own, so that its memory is its own too."""
+    command = [sys.executable, "-m", "benchmarks.large_adapter", place, *step]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        raise ValueError(f"{' '.join(step)} failed: {done.stderr[-500:]}")
+    found: dict[str, float] = json.loads(done.stdout)
     return found
 
 
