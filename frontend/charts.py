@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log2, log10
 
 WIDTH, HEIGHT = 640, 320
-LEFT, RIGHT, TOP, BOTTOM = 72, 20, 22, 48
+LEFT, RIGHT, TOP, BOTTOM = 72, 20, 34, 52
 LEAST_SHOWN_DENSITY = 0.55
 STEPS = 60
 
@@ -19,7 +19,7 @@ class Point:
     label: str
     size_bytes: int
     is_default: bool
-    is_end: bool  # whether its label would leave the drawing on the right
+    is_at_start: bool  # whether a label on its left would stand on those of the axis
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def chart(*, count: int, files: Iterable[tuple[float, int, bool]]) -> Chart | No
     shares = [most_density * place / STEPS for place in range(STEPS + 1)]
     line = " ".join(f"{across(share)},{down(bound_bytes(count, share))}" for share in shares)
     points = tuple(
-        Point(across(density), down(size), share_text(density), size, is_default, across(density) > WIDTH - RIGHT - 70)
+        Point(across(density), down(size), share_text(density), size, is_default, across(density) < LEFT + 75)
         for density, size, is_default in found
     )
     told = ", ".join(f"{share_text(density)} of the values: {size:,} bytes" for density, size, _ in found)
@@ -83,7 +83,7 @@ def chart(*, count: int, files: Iterable[tuple[float, int, bool]]) -> Chart | No
     return Chart(
         points=points,
         bound=line,
-        bound_label=(across(0.82 * most_density), down(bound_bytes(count, 0.82 * most_density)) + 22),
+        bound_label=(WIDTH - RIGHT, down(bound_bytes(count, most_density)) + 36),
         ticks_x=tuple(
             Tick(across(place * tenth), share_text(place * tenth)) for place in range(floor(most_density / tenth) + 1)
         ),

@@ -18,11 +18,11 @@ markdown_parser = MarkdownIt("commonmark", {"html": False}).enable("table").enab
 
 
 @register.filter
-def bytes_size(count: int | None) -> str:
+def bytes_size(length: int | None) -> str:
     """1.3 MB, 48 KB; decimal units as clients print them."""
-    if count is None:
+    if length is None:
         return "–"
-    size = float(count)
+    size = float(length)
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
@@ -39,6 +39,12 @@ def percent(share: float | None) -> str:
 def share(density: float | None) -> str:
     """0.05 as 5 %."""
     return "–" if density is None else charts.share_text(density)
+
+
+@register.filter
+def count(number: int | None) -> str:
+    """29496 as 29,496."""
+    return "–" if number is None else f"{number:,}"
 
 
 @register.filter

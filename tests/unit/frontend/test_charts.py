@@ -50,4 +50,3 @@ def test_files_at_high_densities_stay_inside_the_drawing() -> None:
     assert chart is not None
     assert chart.unit == "MB"
     assert chart.points[0].x < chart.right
-    assert chart.points[0].is_end
