@@ -3,7 +3,9 @@
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,32 @@ def features(model: Any, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
     """Pooled features of all texts in their order, (texts, width), computed in batches of like length."""
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
     parts = []
-    with torch.inference_mode():
+    with torch.inference_mode(), _by_onednn(model):
         for rows in _batches(order, tokens):
             parts.append(pooled(model, [tokens[row] for row in rows]))  # noqa: PERF401 - a batch is worth a line
         back = torch.empty(len(order), dtype=torch.long)
         back[torch.tensor(order)] = torch.arange(len(order))
         return torch.cat(parts)[back]
+
+
+@contextmanager
+def _by_onednn(model: Any) -> Iterator[None]:
+    """Linear layers computed by oneDNN, in float32 as well: on AMD's AVX-512 twice as fast as what torch would take."""
+    layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        layers = []
+    for layer in layers:
+        layer.forward = partial(_linear, layer.weight, layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")  # noqa: SLF001
+    return made
 
 
 def outcome(scores: torch.Tensor, rows: Rows) -> Outcome:
