@@ -49,6 +49,11 @@ def module_of(name: str) -> str:
     return match["module"] if match else name
 
 
+def count_for(size: int, density: float) -> int:
+    """How many of `size` values are kept: the nearest number, halves upwards, at least one."""
+    return min(size, max(1, int(np.floor(size * density + 0.5))))
+
+
 def keep_largest(values: Float32, density: float) -> Positions:
     """Ascending flat indices of the `max(1, floor(n * density + 0.5))` largest magnitudes.
 
@@ -58,7 +63,7 @@ def keep_largest(values: Float32, density: float) -> Positions:
     flat = np.abs(values.reshape(-1))
     if flat.size == 0:
         return np.empty(0, np.int64)
-    count = min(flat.size, max(1, int(np.floor(flat.size * density + 0.5))))
+    count = count_for(flat.size, density)
     threshold = np.partition(flat, flat.size - count)[flat.size - count]
     if threshold == 0:
         return np.flatnonzero(flat > 0)

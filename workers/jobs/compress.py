@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from django.conf import settings
+
 from moerge.compression import compress_adapter
 from moerge.compression.report import Report
 from registry import selectors, storage
@@ -14,6 +16,7 @@ from registry.checks import compression, files
 from registry.checks.compression import Choice
 from registry.models import Encoded, Revision
 from registry.services import blobs, encodings
+from workers import devices
 from workers.runner import NotApplicable, Work
 
 Progress = Callable[[float], None]
@@ -54,6 +57,7 @@ def encode(revision: Revision, choice: Choice, *, is_own: bool, progress: Progre
                 density=None if form.preset == compression.INT4 else form.density,
                 scale_rule=choice.scale_rule,
                 alpha=choice.alpha,
+                arithmetic=devices.arithmetic(settings.HUB_DEVICE),
                 progress=progress,
             )
         if not report.size:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from moerge.compression import manifest, planes, presets, published, scales
+from moerge.compression import manifest, planes, presets, published, scales, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
 from moerge.compression.differences import Arrays, TensorSource
@@ -150,7 +150,7 @@ def size_bound(
             plain += size * ITEM_BYTES[dtype]
             continue
         # The published rule keeps ties without limit.
-        most = size if wanted.preset == presets.PAPER else min(size, max(1, int(np.floor(size * wanted.density + 0.5))))
+        most = size if wanted.preset == presets.PAPER else selection.count_for(size, wanted.density)
         positions += _plane_bound(size, most)
         signs += (most + 7) // 8
         rows.append([name, dtype, list(shape), size, size + size // 255, planes.MASK, "base"])
