@@ -152,3 +152,66 @@ def test_signing_out_and_making_a_key(signed_in, hub: Hub):
     page.get_by_role("button", name="Sign out").click()
     page.goto(f"{hub.url}/upload")
     assert "/login" in page.url
+
+
+def sizes_agree(page, hub: Hub) -> int:
+    """Every dot of the chart has the bytes that one of the downloads has; how many there are."""
+    dots = sorted(int(dot.get_attribute("data-bytes")) for dot in page.locator("#compressed circle").all())
+    addresses = [link.get_attribute("href") for link in page.locator("#compressed table a").all()]
+    lengths = [int(page.request.head(f"{hub.url}{address}").headers["content-length"]) for address in addresses]
+    assert dots == sorted(lengths)
+    return len(dots)
+
+
+def test_the_page_draws_sizes_against_density_and_has_another_one_made(page, hub: Hub, shots: Path):
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{hub.url}/{hub.username}/{unlike_pair()[0]}")
+    before = sizes_agree(page, hub)
+    assert before >= 1
+    row = page.locator("#compressed tbody tr", has_text="30 %")
+    row.get_by_role("button").click()
+    row.get_by_role("link", name="Download").wait_for(timeout=60_000)
+    assert sizes_agree(page, hub) == before + 1
+    assert "Shannon bound" in page.locator("#compressed svg").text_content()
+    assert page.get_by_role("img", name="Size of the compressed file").count() == 1
+    page.locator("#compressed").screenshot(path=shots / "compressed.png")
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#compressed").screenshot(path=shots / "compressed-phone.png")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate(CONTRAST) >= 4.5, scheme
+    page.locator("#compressed").screenshot(path=shots / "compressed-dark.png")
+    assert errors == []
+
+
+# The least contrast (WCAG 2.2) of a text of the chart on the page's ground.
+CONTRAST = """() => {
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map((c) => c / 255)
+      .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = light(getComputedStyle(document.documentElement).backgroundColor);
+  return Math.min(...[...document.querySelectorAll(".chart text")].map((text) => {
+    const ink = light(getComputedStyle(text).fill);
+    return (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05);
+  }));
+}"""
+
+
+def test_a_form_is_asked_for_and_looked_for_again_without_scripts(chromium, hub: Hub):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{hub.url}/{hub.username}/{unlike_pair()[1]}")
+    row = page.locator("#compressed tbody tr", has_text="30 %")
+    row.get_by_role("button").click()
+    for _ in range(60):
+        if row.get_by_role("link", name="Download").count():
+            break
+        row.get_by_role("button", name="Look again").click()
+        page.wait_for_timeout(500)
+    assert row.get_by_role("link", name="Download").count() == 1
+    assert page.url.endswith(("#compressed", "?#compressed"))
+    context.close()
