@@ -1,4 +1,4 @@
-"""Top-k and inner products by torch, for adapters whose tensors are large enough to pay for the way to a GPU and back."""
+"""Top-k and inner products by torch, for tensors that are large enough to pay for the way to a GPU and back."""
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Torch:
         for start in range(0, left.shape[1], width):
             first, second = (self._moved(side[:, start : start + width]) for side in (left, other))
             for total, (one, two) in zip(sums, ((first, first), (first, second), (second, second)), strict=True):
-                total += one @ two.T
+                total.add_(one @ two.T)
         return sums
 
     def _moved(self, part: Float32) -> torch.Tensor:

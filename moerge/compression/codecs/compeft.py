@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from moerge.compression import manifest, planes, presets, published, scales, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
