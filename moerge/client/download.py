@@ -1,5 +1,6 @@
 """One file of a hub to one file on disk: resumed where it broke off, and under its final name only when verified."""
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -20,19 +21,26 @@ _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to fetch. Where SHA-256 and size are not known before, the answer's ETag and length tell them."""
+    """What to fetch. Where no digest and size are known before, the answer's ETag and length tell them."""
 
     path: str
     label: str
     params: Mapping[str, str] | None = None
     size: int | None = None
     sha256: str | None = None
+    git_sha1: str | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return self.sha256 or self.git_sha1
 
 
 @dataclass(frozen=True)
 class Fetched:
+    """What lies on disk now; `digest` is of the kind that was wanted."""
+
     size: int
-    sha256: str
+    digest: str
     etag: str
 
 
@@ -48,7 +56,7 @@ def fetch(hub: Hub, wanted: Wanted, target: Path, *, patience: Patience | None =
     are wrong, AnswerInvalid, HubRefused, HubUnreachable, WaitedTooLong, OSError.
     """
     part = target.with_name(f".{target.name}.part")
-    if wanted.sha256 is None:
+    if wanted.digest is None:
         part.unlink(missing_ok=True)
     transfer = _Transfer(hub, wanted, part, patience or hub.patience())
     for _ in range(_RESTARTS):
@@ -157,7 +165,7 @@ class _Transfer:
         if length.isdecimal():
             self._check_total(int(length[:19]))
             self._wanted = replace(self._wanted, size=int(length[:19]))
-        if self._known.sha256 is None:
+        if self._known.digest is None:
             digest = next((tag for tag in (_linked(answer), self._etag) if SHA256.fullmatch(tag)), "")
             if not digest:
                 raise AnswerInvalid(
@@ -181,12 +189,12 @@ class _Transfer:
     def _verified(self) -> Fetched:
         if not self._part.exists():
             self._part.touch()
-        met = files.sha256(self._part)
-        if met != self._wanted.sha256:
+        name, met = ("SHA-256", files.sha256(self._part)) if self._wanted.sha256 else ("SHA-1", git_sha1(self._part))
+        if met != self._wanted.digest:
             self._part.unlink()
             if self._is_patched:
                 raise _StartOver
-            raise self._damaged(f"SHA-256 {met}", f"{self._wanted.sha256}")
+            raise self._damaged(f"{name} {met}", f"{self._wanted.digest}")
         return Fetched(self._part.stat().st_size, met, self._etag)
 
     def _tell(self, count: int) -> None:
@@ -198,6 +206,15 @@ class _Transfer:
             f"{self._wanted.label} is not what the hub told: met {met}, wanted {wanted}.", pointer=self._wanted.label,
             met=met, wanted=wanted, remedy="Try again; if it stays so, the hub's copy is damaged: tell its operator.",
         )  # fmt: skip
+
+
+def git_sha1(path: Path) -> str:
+    """The name that git gives to a file's content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _etag(answer: Answer) -> str:

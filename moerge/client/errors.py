@@ -146,7 +146,8 @@ def of_problem(status: int, body: Any) -> HubRefused:
     faults = fields.get("errors")
     job_id = fields.get("job")
     return BY_STATUS.get(status, HubRefused)(
-        _text(fields, "detail") or f"The hub answered {status} without a reason.",
+        # The Hub protocol has a sentence under `error` instead.
+        _text(fields, "detail") or _text(fields, "error") or f"The hub answered {status} without a reason.",
         status=status,
         code=_text(fields, "code") or f"http-{status}",
         title=_text(fields, "title"),

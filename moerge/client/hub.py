@@ -23,6 +23,7 @@ from moerge.client.errors import (
     HubRefused,
     HubUnreachable,
     JobFailed,
+    NotFound,
     of_problem,
 )
 from moerge.client.patience import Patience, Progress, silent
@@ -102,7 +103,13 @@ class Hub:
         if reference.owner == "merges":
             return self._merge(reference, patience)
         revision = quote(reference.revision, safe="")
-        body = self.json(f"/api/v1/experts/{reference.full_name}/revisions/{revision}", patience=patience)
+        try:
+            body = self.json(f"/api/v1/experts/{reference.full_name}/revisions/{revision}", patience=patience)
+        except NotFound as error:
+            if error.code != "revision-not-found":
+                raise
+            # What the hub derives (compeft-k10, merge--<id>) has no record of its own; the Hub protocol knows it.
+            return self._derived(reference, error, patience)
         return records.snapshot(body, full_name=reference.full_name, commit_field="revision")
 
     def job(self, job_id: str) -> Job:
@@ -235,6 +242,18 @@ class Hub:
             return records.job(json.loads(data)) if response.status_code == httpx.codes.OK else None
         except (httpx.HTTPError, ValueError, RecursionError, AnswerInvalid):
             return None
+
+    def _derived(self, reference: Reference, absent: NotFound, patience: Patience) -> Snapshot:
+        model = f"/api/models/{reference.full_name}"
+        try:
+            body = self.json(f"{model}/revision/{quote(reference.revision, safe='')}", patience=patience)
+        except NotFound:
+            raise absent from None
+        commit = records.commit(body)
+        nodes = self.json(
+            f"{model}/tree/{commit}", params={"recursive": "true", "limit": str(records.PAGE)}, patience=patience
+        )
+        return records.derived(nodes, full_name=reference.full_name, commit=commit)
 
     def _merge(self, reference: Reference, patience: Patience) -> Snapshot:
         while True:

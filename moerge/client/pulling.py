@@ -135,14 +135,16 @@ def fetch_file(hub: Hub, snapshot: Snapshot, file: File, stage: Path, patience: 
     target.parent.mkdir(parents=True, exist_ok=True)
     # The commit pins what is fetched: a branch that moves meanwhile cannot mix two revisions.
     path = f"/{snapshot.full_name}/resolve/{snapshot.commit}/{quote(file.path)}"
-    wanted = Wanted(path, file.path, size=file.size, sha256=file.sha256)
+    wanted = Wanted(path, file.path, size=file.size, sha256=file.sha256, git_sha1=file.git_sha1)
     download.fetch(hub, wanted, target, patience=patience)
 
 
 def _is_there(path: Path, file: File) -> bool:
     """Whether a file lies there already, whole and unchanged."""
     is_plain = path.is_file() and not path.is_symlink()
-    return is_plain and path.stat().st_size == file.size and files.sha256(path) == file.sha256
+    if not is_plain or path.stat().st_size != file.size:
+        return False
+    return files.sha256(path) == file.sha256 if file.sha256 else download.git_sha1(path) == file.git_sha1
 
 
 @contextmanager

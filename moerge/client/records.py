@@ -9,6 +9,8 @@ from typing import Any
 from moerge.client.errors import AnswerInvalid, JobFailed, PathUnsafe
 
 FILES = 10_000
+# The most that the Hub protocol tells of a tree at once; a derived revision has a handful of files.
+PAGE = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _OVER = frozenset({"done", "not_applicable", "failed", "cancelled"})
@@ -17,11 +19,15 @@ _CONTROL = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 @dataclass(frozen=True)
 class File:
-    """One file of a revision; the path is plain and relative."""
+    """One file of a revision; the path is plain and relative.
+
+    A small file of a revision that the hub derives is known by its name in git alone.
+    """
 
     path: str
     size: int
-    sha256: str
+    sha256: str | None
+    git_sha1: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,23 @@ def snapshot(body: Any, *, full_name: str, commit_field: str) -> Snapshot:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise _odd(commit_field, commit, "40 hexadecimal digits")
     return Snapshot(full_name, commit, base if isinstance(base, str) else "", files)
+
+
+def commit(body: Any) -> str:
+    """The commit of a repository as the Hub protocol tells it. Raises AnswerInvalid."""
+    found = _object(body, "the repository").get("sha")
+    if not isinstance(found, str) or not _COMMIT.fullmatch(found):
+        raise _odd("sha", found, "40 hexadecimal digits")
+    return found
+
+
+def derived(nodes: Any, *, full_name: str, commit: str) -> Snapshot:
+    """A tree as the Hub protocol tells it. Raises AnswerInvalid, PathUnsafe."""
+    if not isinstance(nodes, list) or len(nodes) >= PAGE:
+        raise _odd("tree", nodes, f"a list of fewer than {PAGE} files")
+    files = tuple(_node(node) for node in nodes if not (isinstance(node, dict) and node.get("type") == "directory"))
+    check_paths(file.path for file in files)
+    return Snapshot(full_name, commit, "", files)
 
 
 def job(body: Any) -> Job:
@@ -129,6 +152,18 @@ def _file(row: Any) -> File:
     if not isinstance(sha256, str) or not SHA256.fullmatch(sha256):
         raise _odd(f"{path[:80]}/sha256", sha256, "64 hexadecimal digits")
     return File(path, size, sha256)
+
+
+def _node(node: Any) -> File:
+    fields = _object(node, "a file")
+    large = fields.get("lfs")
+    if isinstance(large, dict):
+        return _file({"path": fields.get("path"), "size": fields.get("size"), "sha256": large.get("oid")})
+    found = _file({"path": fields.get("path"), "size": fields.get("size"), "sha256": "0" * 64})
+    sha1 = fields.get("oid")
+    if not isinstance(sha1, str) or not _COMMIT.fullmatch(sha1):
+        raise _odd(f"{found.path[:80]}/oid", sha1, "40 hexadecimal digits")
+    return File(found.path, found.size, None, sha1)
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_a_file_arrives_whole_under_its_name_and_leaves_nothing_beside_it(server
     server.routes["/file"] = stored(DATA, "git-tag")
     found = download.fetch(hub, known(), target)
     assert target.read_bytes() == DATA
-    assert (found.size, found.sha256, found.etag) == (len(DATA), SHA, "git-tag")
+    assert (found.size, found.digest, found.etag) == (len(DATA), SHA, "git-tag")
     assert [path.name for path in target.parent.iterdir()] == ["weights.bin"]
     assert seen[-1] == ("weights", 1.0)
     assert server.asked[0].headers["accept-encoding"] == "identity"
@@ -67,20 +67,20 @@ def test_a_server_without_ranges_sends_the_whole_file_again(server, hub, target)
 def test_size_and_hash_are_taken_from_the_answer_when_nobody_told_them(server, hub, target):
     server.routes["/file"] = stored(DATA, SHA, cuts=[5])
     found = download.fetch(hub, unknown(), target)
-    assert (found.size, found.sha256) == (len(DATA), SHA)
+    assert (found.size, found.digest) == (len(DATA), SHA)
     assert target.read_bytes() == DATA
 
 
 def test_the_linked_etag_is_the_hash_where_both_are_there(server, hub, target):
     server.routes["/file"] = [Reply(DATA, headers={"ETag": '"0123"', "X-Linked-Etag": f'"{SHA}"'})]
-    assert download.fetch(hub, unknown(), target).sha256 == SHA
+    assert download.fetch(hub, unknown(), target).digest == SHA
 
 
 def test_a_file_that_changed_midway_is_taken_whole_in_its_new_state(server, hub, target):
     before, after = stored(DATA, SHA, cuts=[100_000]), stored(OTHER, OTHER_SHA)
     server.routes["/file"] = lambda asked: (after if "range" in asked.headers else before)(asked)
     found = download.fetch(hub, unknown(), target)
-    assert found.sha256 == OTHER_SHA
+    assert found.digest == OTHER_SHA
     assert target.read_bytes() == OTHER
 
 
@@ -92,7 +92,7 @@ def test_a_part_of_another_file_is_never_joined_to_what_is_there(server, hub, ta
         Reply(OTHER[100_000:], 206, rest),
         Reply(OTHER, headers={"ETag": f'"{OTHER_SHA}"'}),
     ]
-    assert download.fetch(hub, unknown(), target).sha256 == OTHER_SHA
+    assert download.fetch(hub, unknown(), target).digest == OTHER_SHA
     assert target.read_bytes() == OTHER
     assert ranges(server) == [None, "bytes=100000-", None]
 

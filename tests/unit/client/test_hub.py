@@ -50,6 +50,12 @@ def test_a_refusal_without_a_problem_is_told_by_its_status(server, hub, body):
     assert "403" in raised.value.detail
 
 
+def test_a_refusal_of_the_hub_protocol_is_told_in_its_words(server, hub):
+    server.routes["/x"] = [Reply(b'{"error": "The repository is gone."}', 403)]
+    with pytest.raises(errors.NotAllowed, match="The repository is gone"):
+        hub.json("/x")
+
+
 @pytest.mark.parametrize("body", [b"<html>yes</html>", b"", b"[" * 100_000])
 def test_an_answer_that_is_not_json_is_named_as_such(server, hub, body):
     server.routes["/x"] = [Reply(body)]

@@ -1,19 +1,21 @@
 """An expert into a folder: every file verified, all of them or none, never beside the folder."""
 
 import fcntl
+import hashlib
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
 from moerge import client, compression
-from moerge.client import Reference, errors, pulling
+from moerge.client import Reference, download, errors, pulling
 from moerge.errors import AdapterInvalid, EncodedInvalid
 from tests import tiny
 from tests.unit.client import hubs
-from tests.unit.client.servers import Reply, problem, stored
+from tests.unit.client.servers import Reply, as_json, problem, stored
 
 REFERENCE = Reference.parse(hubs.NAME)
 WEIGHTS = "adapter_model.safetensors"
@@ -283,7 +285,7 @@ def test_every_claim_of_a_hub_is_checked_and_told(server, hub, tree, encoded, pl
     verified = client.verify(hub, REFERENCE, place)
     assert verified.commit == hubs.COMMIT
     assert [(found.name, found.kind) for found in verified.found] == [
-        *((path, "file") for path in tree), (str(place), "adapter"), ("compressed form", "encoded")]  # fmt: skip
+        *((path, "file") for path in tree), ("adapter", "adapter"), ("compressed form", "encoded")]  # fmt: skip
     assert "made from these weights" in verified.found[-1].checks
 
 
@@ -312,7 +314,64 @@ def test_a_file_that_is_not_what_the_record_says_is_found(server, hub, tree, enc
         client.verify(hub, REFERENCE, place)
 
 
-def test_the_budget_follows_the_original(tree):
+def derive(server, tree: dict[str, bytes], commit: str = "d" * 40, **changes) -> None:
+    """A revision that the Hub protocol alone knows, as the hub tells of what it derives."""
+    server.routes[f"/api/v1/experts/{hubs.NAME}/revisions/compeft-k10"] = [problem(404, "revision-not-found", "None.")]
+    server.routes[f"/api/models/{hubs.NAME}/revision/compeft-k10"] = [as_json({"sha": commit})]
+    nodes = [{"type": "directory", "path": "notes", "oid": "0" * 40, "size": 0}]
+    for path, data in tree.items():
+        node = {"type": "file", "path": path, "size": len(data), "oid": git_name(data)}
+        if path == WEIGHTS:
+            node |= {"oid": "0" * 40, "lfs": {"oid": hubs.sha256(data), "size": len(data)}}
+        nodes.append(node | changes.get(path.partition(".")[0], {}))
+        server.routes[f"/{hubs.NAME}/resolve/{commit}/{quote(path)}"] = stored(data, "tag")
+    server.routes[f"/api/models/{hubs.NAME}/tree/{commit}"] = [as_json(nodes)]
+
+
+def git_name(data: bytes) -> str:
+    """As `git hash-object` computes it."""
+    return hashlib.sha1(b"blob %d\x00" % len(data) + data).hexdigest()
+
+
+def test_the_name_that_git_gives_is_known(tmp_path):
+    (tmp_path / "file").write_bytes(b"hello\n")
+    assert download.git_sha1(tmp_path / "file") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert git_name(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_a_revision_that_the_hub_derives_is_pulled_and_verified_too(server, hub, tree, place):
+    derive(server, tree)
+    pulled = client.pull(hub, Reference.parse(f"{hubs.NAME}@compeft-k10"), place / "out")
+    assert content(place / "out") == tree
+    assert pulled.commit == "d" * 40
+    again = client.pull(hub, Reference.parse(f"{hubs.NAME}@compeft-k10"), place / "out")
+    assert set(again.kept) == tree.keys()
+    assert {asked.query["recursive"] for asked in server.of(f"/api/models/{hubs.NAME}/tree/{'d' * 40}")} == {"true"}
+
+
+@pytest.mark.parametrize("path", [WEIGHTS, "README.md"])
+def test_a_damaged_file_of_a_derived_revision_is_found_by_either_digest(server, hub, tree, place, path):
+    derive(server, tree)
+    server.routes[f"/{hubs.NAME}/resolve/{'d' * 40}/{path}"] = stored(tree[path][::-1], "tag")
+    with pytest.raises(errors.DownloadDamaged, match=path):
+        client.pull(hub, Reference.parse(f"{hubs.NAME}@compeft-k10"), place / "out")
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"oid": "x"}, {"oid": None}, {"size": -1}, {"path": 7}, {"lfs": {"oid": "0" * 40}}])
+def test_an_odd_tree_is_refused(server, hub, tree, place, change):
+    derive(server, tree, README=change)
+    with pytest.raises(errors.AnswerInvalid):
+        client.pull(hub, Reference.parse(f"{hubs.NAME}@compeft-k10"), place / "out")
+
+
+def test_a_revision_that_nobody_knows_is_told_in_the_words_of_the_api(server, hub, place):
+    server.routes[f"/api/v1/experts/{hubs.NAME}/revisions/none"] = [problem(404, "revision-not-found", "No none.")]
+    with pytest.raises(errors.NotFound, match=r"No none\."):
+        client.pull(hub, Reference.parse(f"{hubs.NAME}@none"), place / "out")
+
+
+def test_the_budget_follows_the_original():
     files = (client.File(WEIGHTS, 1000, "0" * 64),)
     budget = pulling.budget_of(client.Snapshot("a/b", hubs.COMMIT, "", files))
     assert budget.output_bytes == budget.values == 1000 + 2**24
