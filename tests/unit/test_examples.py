@@ -1,6 +1,7 @@
 """The demo experts of examples/experts: what stands on disk, on their cards, and what stock PEFT makes of it."""
 
 import copy
+import importlib.util
 import json
 import re
 import struct
@@ -132,6 +133,43 @@ def test_a_card_states_the_accuracy_compressed_at_four_densities_in_figures_and_
         assert float(shown[1]) == pytest.approx(100 * metric["value"], abs=0.051)
         assert float(shown[2]) == pytest.approx(difference, abs=0.061)
     assert min(metric["value"] for metric in compressed) > 0.8
+
+
+@PER_EXPERT
+def test_a_card_is_what_the_script_writes_from_the_figures_on_it(folder):
+    path = EXAMPLES / "expert_cards.py"
+    spec = importlib.util.spec_from_file_location("expert_cards", path)
+    expert_cards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(expert_cards)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    stated = expert_cards.stated(text)
+    seed, epochs, seconds = expert_cards.trained(text)
+
+    def exact(share):
+        # Cards round to four digits; percentages in their text come from the share itself.
+        return round(share * stated.n) / stated.n
+
+    measured = expert_cards.Measured(
+        base_accuracy=exact(stated.base_accuracy),
+        accuracy=exact(stated.accuracy),
+        compressed={density: exact(value) for density, value in stated.compressed.items()},
+        n=stated.n,
+        split="test",
+        n_train=int(re.search(r"Stock PEFT on (\d+) training rows", text)[1]),
+        seed=seed,
+        epochs=epochs,
+        cpu_seconds=seconds,
+    )
+    labels = card_of(folder).data["moerge"]["labels"]
+    made = expert_cards.write(
+        folder.name,
+        expert=SPECIFICATION["experts"][folder.name],
+        source=source_of(folder),
+        label_texts=labels,
+        measured=measured,
+        base_name=BASE,
+    )
+    assert made == text
 
 
 @PER_EXPERT
