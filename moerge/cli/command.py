@@ -25,7 +25,7 @@ environment:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
-        wanted = _parser().parse_args(arguments)
+        wanted = parser().parse_args(arguments)
     except SystemExit as end:
         # argparse has printed help or what is wrong.
         return end.code if isinstance(end.code, int) else 2
@@ -48,16 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    made = argparse.ArgumentParser(
         prog="moerge",
         description="Compress experts (PEFT adapters), bring them back, and fetch and verify them from a hub.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"moerge {moerge.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made.add_argument("--version", action="version", version=f"moerge {moerge.__version__}")
+    commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         added = commands.add_parser(
             command.NAME,
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(added)
         _add_common(added)
         added.set_defaults(run=command.run)
-    return parser
+    return made
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,10 @@ _HEADER_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a folder now holds. `kept` names files that were there already; `encoded` tells of the compressed form."""
+    """What a folder now holds: decoded weights stand in `files` as they are there, not as they are on the hub.
+
+    `kept` names files that were there already; `encoded` tells of the compressed form.
+    """
 
     reference: Reference
     commit: str
@@ -80,10 +83,11 @@ def pull(
             )
             count += place.stat().st_size
             hub.progress("decoding", None)
-            compression.decompress(place, stage, budget=budget_of(snapshot))
+            decoded = compression.decompress(place, stage, budget=budget_of(snapshot))
+            wanted.append(File(WEIGHTS_FILE, decoded.stat().st_size, files.sha256(decoded)))
         _keep_only(stage, {*(file.path for file in missing), *((WEIGHTS_FILE,) if compressed else ())})
         _land(stage, folder)
-    return Pulled(reference, snapshot.commit, folder, snapshot.files, kept, count, found)
+    return Pulled(reference, snapshot.commit, folder, tuple(wanted), kept, count, found)
 
 
 def fetch_encoded(

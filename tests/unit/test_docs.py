@@ -7,7 +7,11 @@ from pathlib import Path
 
 from django.urls import URLPattern, URLResolver, get_resolver
 
+from moerge import errors as library_errors
 from moerge import merging
+from moerge.cli import command, problems
+from moerge.client import errors as client_errors
+from moerge.errors import MoergeError
 from registry import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +52,37 @@ def test_every_route_of_the_rest_api_is_described() -> None:
     described = {re.sub(r"\{\w+\}", "{}", route).lstrip("/") for route in re.findall(r"/?api/v1/[\w/{}.-]*", text)}
     missing = {route for route in plain if route not in described and "/files/" not in route}
     assert missing == set()
+
+
+def sections(page: str) -> dict[str, str]:
+    """Heading of the second level -> what stands below it."""
+    parts = re.split(r"^## (.+)$", (ROOT / "docs" / page).read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_command_has_its_heading_and_every_option_a_word_below_it() -> None:
+    found = sections("cli.md")
+    shared = found["What all commands share"]
+    commands = next(action for action in command.parser()._actions if hasattr(action, "choices") and action.choices)
+    assert {name for name in found if name.startswith("moerge ")} == {f"moerge {name}" for name in commands.choices}
+    missing = {
+        f"{name} {option}"
+        for name, parser in commands.choices.items()
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--") and option != "--help" and f"`{option}" not in found[f"moerge {name}"] + shared
+    }
+    assert missing == set()
+
+
+def test_every_problem_of_the_command_is_in_its_table_with_its_exit_status() -> None:
+    by_hub = client_errors.HubRefused
+    own = [cls for _, cls in inspect.getmembers(client_errors, inspect.isclass) if issubclass(cls, MoergeError)]
+    own = [cls for cls in own if not issubclass(cls, by_hub) and cls not in {MoergeError, client_errors.ClientError}]
+    own += [library_errors.EncodedInvalid, library_errors.BaseMismatch, library_errors.ParameterInvalid]
+    rows = re.findall(r"^\| `([a-z-]+)` \| (\d) \|", sections("cli.md")["Codes of problems"], re.MULTILINE)
+    made = {problem.code: str(problem.status) for cls in own for problem in [problems.of(cls("x"), command="pull")]}
+    assert dict(rows) == made | {"file-error": "1", "out-of-memory": "1"}
 
 
 def test_every_merge_method_is_described() -> None:

@@ -192,6 +192,9 @@ def test_the_decoded_weights_are_those_of_the_library_and_the_rest_is_the_revisi
     assert server.of(hubs.ENCODED)[0].query == {"revision": hubs.COMMIT, "density": "0.1"}
     assert pulled.encoded.facts["sha256"] == hubs.sha256(encoded)
     assert pulled.encoded.facts["density"] == "0.1"
+    assert {file.path: (file.size, file.sha256) for file in pulled.files} == {
+        path: (len(data), hubs.sha256(data)) for path, data in content(place / "out").items()
+    }
     assert pulled.downloaded_bytes == len(encoded) + sum(map(len, rest.values()))
 
 
