@@ -53,6 +53,8 @@ def named(expert: Expert, form: str) -> Reconstruction | None:
 
 def promised(expert: Expert, commit: str) -> Reconstruction | None:
     """The reconstruction under a commit that was told before the weights were there."""
+    if not selectors.COMMIT.fullmatch(commit):
+        return None
     job = Job.objects.filter(
         kind=JobKind.RECONSTRUCT, revision__expert=expert, parameters__contains={COMMIT: commit}
     ).first()

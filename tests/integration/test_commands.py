@@ -3,6 +3,7 @@
 import io
 import sys
 
+import httpx
 import pytest
 from django.contrib.auth import authenticate
 from django.core.management import CommandError, call_command
@@ -108,3 +109,18 @@ def test_a_refused_demo_expert_is_told_with_its_reason(live_server, tmp_path):
         (folder / path).write_bytes(data)
     with pytest.raises(CommandError, match=r"422 .*lora_A.*met 2, wanted 5"):
         call("seed_demo", "--url", live_server.url, "--key", factories.key(factories.user()), "--folder", str(tmp_path))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_more_forms_of_the_demo_experts_are_asked_for_and_not_waited_for(live_server):
+    from registry.management.commands.seed_demo import Hub
+    from registry.models import Job
+
+    owner = factories.user("ada")
+    made = factories.revision(owner, factories.expert(owner, "tea"), tiny.lora(rank=8))
+    with httpx.Client(base_url=live_server.url) as client:
+        for _ in range(2):
+            Hub(client).ask_for_forms(["ada/tea", "ada/gone"])
+    asked = Job.objects.filter(kind="compress", after=None)
+    assert sorted(job.parameters["density"] for job in asked) == [0.05, 0.1, 0.5]
+    assert {job.revision for job in asked} == {made}

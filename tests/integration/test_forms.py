@@ -8,7 +8,8 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from registry import jobs, storage
-from registry.models import BaseModel, Blob, Encoded, Evaluation, Job, Membership, Namespace, Revision
+from registry.checks.compression import Form
+from registry.models import BaseModel, Encoded, Evaluation, Job, Membership, Namespace, Revision
 from registry.services import blobs, cleaning, encodings
 from tests import factories, tiny
 from tests.integration import forms, hf
@@ -533,6 +534,9 @@ def test_the_job_of_a_form_goes_to_the_heavy_queue_when_the_request_has_committe
     (message,) = queue()
     assert (message["headers"]["task"], job.sent_at is not None) == ("workers.compress", True)
     assert job.pk in json.dumps(message["headers"])
-    # A broken request leaves neither row nor message.
-    assert encodings.unfinished(made).keys() == {encodings.Form("default", 0.1)}
-    assert Blob.objects.count() == made.files.count() + 1
+    assert encodings.unfinished(made).keys() == {Form("default", 0.1)}
+    jobs.cancel(job)
+    ask(hf.Caller(), "density=0.1")
+    assert [one["headers"]["task"] for one in queue()] == ["workers.compress"] * 2
+    assert hf.Caller().get("/api/models/ann/tea/revision/compeft-k50").status_code == 200
+    assert {one["headers"]["task"] for one in queue()} == {"workers.compress", "workers.reconstruct"}

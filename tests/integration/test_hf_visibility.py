@@ -28,6 +28,13 @@ READS = [
     ("GET", "/{id}/resolve/{commit}/adapter_model.safetensors"),
     ("HEAD", "/{id}/resolve/main/nowhere.json"),
     ("GET", "/{id}/raw/main/README.md"),
+    ("GET", "/api/models/{id}/revision/compeft-k10"),
+    ("GET", "/{id}/resolve/compeft-k10/adapter_config.json"),
+]
+# What its reader has to wait for.
+MADE = [
+    ("GET", "/api/models/{id}/tree/compeft-k10"),
+    ("HEAD", "/{id}/resolve/compeft-k10/adapter_model.safetensors"),
 ]
 WRITES = [
     ("PUT", "/api/models/{id}/settings"),
@@ -59,7 +66,7 @@ def secret():
     return hf.expert(user, "bank", tiny.lora(), private=True), owner
 
 
-@pytest.mark.parametrize(("method", "path"), [*READS, *WRITES])
+@pytest.mark.parametrize(("method", "path"), [*READS, *MADE, *WRITES])
 @pytest.mark.parametrize("who", ["nobody", "stranger"])
 def test_a_hidden_repository_answers_exactly_as_an_absent_one(secret, who, method, path):
     made, _ = secret
