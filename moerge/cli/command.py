@@ -1,6 +1,7 @@
 """From arguments to an exit status: parses, runs one command, prints its answer or its problem."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         # argparse has printed help or what is wrong.
         return end.code if isinstance(end.code, int) else 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show an arrow gets a question mark instead of a traceback.
+            stream.reconfigure(errors="replace")
     terminal = Terminal(as_json=wanted.json, is_quiet=wanted.quiet)
     try:
         with terminal:

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,6 +11,8 @@ from moerge.cli.problems import Problem
 
 _REDRAW_SECONDS = 0.1
 _WIDTH = 24
+# Control and direction-changing characters, and the halves of surrogate pairs.
+_COMMANDING = frozenset({"Cc", "Cf", "Cs"})
 
 
 class Terminal:
@@ -36,7 +39,7 @@ class Terminal:
         if not self._draws or (now - self._drawn_at < _REDRAW_SECONDS and share != 1.0):
             return
         self._drawn_at = now
-        line = what[:60]
+        line = _harmless(what)[:60]
         if share is not None:
             full = round(_WIDTH * min(1.0, max(0.0, share)))
             line = f"{'█' * full}{'░' * (_WIDTH - full)} {share:4.0%} {line}"
@@ -47,7 +50,7 @@ class Terminal:
     def answer(self, record: dict[str, Any], lines: list[str]) -> None:
         """The answer of a command: the record with --json, else the lines."""
         self._wipe()
-        print(_dump(record) if self.as_json else "\n".join(lines))  # noqa: T201 - the answer
+        print(_dump(record) if self.as_json else "\n".join(map(_harmless, lines)))  # noqa: T201 - the answer
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
@@ -56,12 +59,12 @@ class Terminal:
         """A remark to a person."""
         self._wipe()
         if not self._is_quiet:
-            print(text, file=sys.stderr)  # noqa: T201 - a command speaks
+            print(_harmless(text), file=sys.stderr)  # noqa: T201 - a command speaks
 
     def refuse(self, problem: Problem) -> None:
         """A problem, always on stderr; with --json also as the one object on stdout."""
         self._wipe()
-        print("\n".join(problem.lines()), file=sys.stderr)  # noqa: T201 - a command speaks
+        print("\n".join(map(_harmless, problem.lines())), file=sys.stderr)  # noqa: T201 - a command speaks
         if self.as_json:
             print(_dump({"problem": problem.record()}))  # noqa: T201 - the answer
 
@@ -72,5 +75,10 @@ class Terminal:
             self._length = 0
 
 
+def _harmless(line: str) -> str:
+    """A line without characters that command the terminal: part of what is printed was written by a hub."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(sign) in _COMMANDING else sign for sign in line)
+
+
 def _dump(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(record, indent=2, allow_nan=False)

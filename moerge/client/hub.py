@@ -112,14 +112,17 @@ class Hub:
             return self._derived(reference, error, patience)
         return records.snapshot(body, full_name=reference.full_name, commit_field="revision")
 
-    def job(self, job_id: str) -> Job:
-        """A job as it stands."""
-        return records.job(self.json(f"/api/v1/jobs/{job_id}"))
-
     def json(self, path: str, *, params: Params | None = None, patience: Patience | None = None) -> Any:
         """The JSON at a path of the API. Raises HubRefused and what waiting raises."""
-        with self.stream(path, params=params, patience=patience) as answer:
-            data = _limited(answer.blocks, JSON_BYTES)
+        patience = patience or self.patience()
+        failures = 0
+        while True:
+            try:
+                with self.stream(path, params=params, patience=patience) as answer:
+                    data = _limited(answer.blocks, JSON_BYTES)
+                break
+            except BrokenOff as error:
+                failures = self._pause(failures, error, patience)
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:

@@ -189,7 +189,7 @@ def _stage(folder: Path) -> Iterator[Path]:
 
 def _place_for_stage(folder: Path) -> Path:
     """Beside the folder; inside it where nothing can be made beside it or it is a disk of its own."""
-    existing = next(parent for parent in folder.parents if parent.is_dir())
+    existing = next((parent for parent in folder.parents if parent.is_dir()), folder)
     can_write = os.access(existing, os.W_OK)
     if not folder.is_dir() or (can_write and folder.stat().st_dev == existing.stat().st_dev):
         return folder.parent / f".{folder.name}.pull"

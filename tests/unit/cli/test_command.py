@@ -298,6 +298,13 @@ def test_progress_is_drawn_for_a_person_alone(adapter, tmp_path, options):
     assert drawn == b"" or drawn.endswith(b" \r")
 
 
+def test_a_terminal_of_few_signs_is_no_reason_for_a_traceback(adapter, tmp_path):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
+    done = run("compress", adapter, tmp_path / "out", **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "? " in done.stdout
+
+
 def test_a_reader_that_goes_away_is_no_reason_for_a_traceback(adapter):
     read, write = os.pipe()
     os.close(read)

@@ -108,6 +108,17 @@ def test_damage_is_3_and_a_refusal_is_1_with_the_problem_of_the_hub(moerge, serv
     assert not (tmp_path / "out").exists()
 
 
+def test_words_of_a_hub_do_not_command_the_terminal(moerge, server, tmp_path):
+    """Escape sequences could rewrite what stands on the screen; a right-to-left mark turns names round."""
+    nasty = "gone\x1b[2J\x9b1m\u202e.\nmoerge: all is well"
+    server.routes[f"/api/v1/experts/{hubs.NAME}/revisions/main"] = [problem(404, "expert-not-found", nasty)]
+    done = moerge("pull", hubs.NAME, "--out", tmp_path / "out", "--endpoint", server.url, "--json")
+    assert done.json["problem"]["detail"] == nasty
+    for sign in "\x1b\x9b\u202e":
+        assert sign not in done.err + done.out
+    assert done.err.count("\n") == 2
+
+
 def test_a_hub_that_is_never_ready_is_1_when_the_time_is_over(moerge, server, tree, tmp_path):
     hubs.publish(server, tree)
     server.routes[hubs.ENCODED] = [problem(503, "form-pending", "It is being made.", retry_after=2)]

@@ -71,6 +71,12 @@ def test_an_answer_without_end_is_not_read_to_its_end(server, hub, monkeypatch):
         hub.json("/x")
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again(server, hub, clock):
+    server.routes["/x"] = [Reply(b'{"a": 1}', cut_after=3), Reply(b'{"a": 1}', cut_after=0), Reply(b'{"a": 1}')]
+    assert hub.json("/x") == {"a": 1}
+    assert clock.slept == [0.5, 1.0]
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_try_again_later_is_done_after_exactly_that_time(server, hub, clock, seen, status):
     server.routes["/x"] = [problem(status, "later", "Not now.", retry_after=7), as_json({"a": 1})]

@@ -170,6 +170,19 @@ def test_a_stage_that_leads_elsewhere_is_not_used(server, hub, tree, place):
     assert content(place) == {}
 
 
+def test_files_gather_inside_the_folder_where_nothing_can_be_made_beside_it(server, hub, tree, place, monkeypatch):
+    (place / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != place)
+    hubs.publish(server, tree)
+    server.routes[hubs.address(WEIGHTS)] = stored(tree[WEIGHTS], "tag", cuts=[20_000, *[0] * 20])
+    with pytest.raises(errors.BrokenOff):
+        client.pull(hub, REFERENCE, place / "out")
+    assert [path.name for path in (place / "out").iterdir()] == [".pull"]
+    server.routes[hubs.address(WEIGHTS)] = stored(tree[WEIGHTS], "tag")
+    client.pull(hub, REFERENCE, place / "out")
+    assert content(place) == {f"out/{path}": data for path, data in tree.items()}
+
+
 def test_the_working_folder_itself_may_be_pulled_into(server, hub, tree, place, monkeypatch):
     monkeypatch.chdir(place)
     hubs.publish(server, tree)
