@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import numpy.typing as npt
 
+from moerge.compression import huffman
 from moerge.compression.rules import refuse
 
 UInt8 = npt.NDArray[np.uint8]
@@ -72,8 +73,7 @@ def deflate(piece: bytes) -> bytes:
 
     Matches are left out because gaps have none worth a distance code: they cost size at every zlib level.
     """
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    packed = packer.compress(piece) + packer.flush()
+    packed = huffman.deflate(piece)
     return packed if len(packed) < len(piece) else piece
 
 

@@ -78,6 +78,17 @@ def test_the_decoded_product_is_unbiased_and_nearer_than_that_of_default(named):
     assert cosines["hq"] > cosines["default"] + 0.03
 
 
+def test_b_is_made_ternary_after_it_was_solved_for_the_ternary_a():
+    A, B = pair(8, 200, 160)
+    found = decoded({"m.lora_A.weight": A, "m.lora_B.weight": B}, density=0.2, preset="hq")
+    image, product = found["m.lora_A.weight"], B.astype(np.float64) @ A
+    # The best B for what is left of A, by least squares on the dense product.
+    solved = np.linalg.lstsq(image.T, product.T, rcond=None)[0].T
+    seen = found["m.lora_B.weight"] != 0
+    assert np.abs(solved[seen]).min() >= np.abs(solved[~seen]).max() * (1 - 1e-5)
+    np.testing.assert_array_equal(np.sign(found["m.lora_B.weight"][seen]), np.sign(solved[seen]))
+
+
 def test_the_file_and_the_report_name_hq_and_measure_the_original_product(tmp_path):
     A, B = pair(16, 200, 160)
     files.write(tmp_path / "in", {"base_model.model.m.lora_A.weight": A, "base_model.model.m.lora_B.weight": B})

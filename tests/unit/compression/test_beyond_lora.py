@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from moerge.compression import compress, decompress, open_any
+from moerge.compression.codecs import compeft
 from moerge.errors import AdapterInvalid, BaseMismatch, CheckpointInvalid, ParameterInvalid
 from tests.unit.compression import reference
 
@@ -273,6 +274,46 @@ def test_a_folder_of_pickles_is_refused(tmp_path):
     (tmp_path / "in/adapter_model.bin").write_bytes(b"")
     with pytest.raises(AdapterInvalid, match=r"no adapter_model\.safetensors"):
         compress(tmp_path / "in", tmp_path / "x")
+
+
+def checkpoints_of(folder, dtype):
+    """A base and a checkpoint tuned from it, with a long vector, a small matrix and a head of its own."""
+    shapes = {"layer.weight": (40, 60), "layer.bias": (3000,), "small.weight": (10, 10), "steps": ()}
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    base["steps"] = torch.tensor(7)
+    tuned = {name: tensor + torch.ones_like(tensor) for name, tensor in base.items()}
+    tuned["head.weight"] = torch.randn((50, 50), generator=generator)
+    for name, tensors in {"base": base, "tuned": tuned}.items():
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+    return tuned
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_matrices_alone_are_compressed_in_any_half_precision(tmp_path, dtype):
+    tuned = checkpoints_of(tmp_path, dtype)
+    report = compress(tmp_path / "tuned", tmp_path / "x", base=tmp_path / "base")
+    assert [tensor.name for tensor in report.tensors] == ["layer.weight"]
+    assert report.density == 0.2
+    decompress(tmp_path / "x", tmp_path / "out", base=tmp_path / "base")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert {name: tensor.dtype for name, tensor in got.items()} == {name: t.dtype for name, t in tuned.items()}
+    assert all(torch.equal(got[name], tuned[name]) for name in tuned if name != "layer.weight")
+    small = compress(
+        tmp_path / "tuned", tmp_path / "y", base=tmp_path / "base", heads="bf16", base_parameters=2 * 10**9
+    )
+    assert small.density == 0.1
+    decompress(tmp_path / "y", tmp_path / "out", base=tmp_path / "base")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert torch.equal(got["head.weight"], tuned["head.weight"].to(torch.bfloat16))
+    assert got["steps"] == 8
+
+
+def test_a_base_tensor_of_another_shape_is_named():
+    with pytest.raises(AdapterInvalid) as caught:
+        compeft.encode({"w": np.ones((4, 6), np.float32)}, {}, initial={"w": np.ones(6, np.float32)})
+    assert caught.value.pointer == "w"
 
 
 def test_a_plain_decoder_reads_a_full_fine_tune(folders):
