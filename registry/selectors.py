@@ -9,6 +9,7 @@ from django.contrib.postgres.search import SearchQuery, SearchVector
 from django.db.models import Count, Exists, OuterRef, Q, QuerySet, Sum
 from django.http import QueryDict
 
+from registry.checks.compression import RULES
 from registry.errors import (
     ExpertNotFound,
     Fault,
@@ -121,7 +122,7 @@ def encoded(revision: Revision) -> Encoded | None:
 def forms(revision: Revision) -> list[Encoded]:
     """Every compressed form of a revision, by preset and density; those of the preset `default` come first."""
     rows = Encoded.objects.filter(revision=revision).select_related("blob")
-    return sorted(rows, key=lambda row: (row.preset != "default", row.preset, row.variant, row.density))
+    return sorted(rows, key=lambda row: (list(RULES).index(row.preset), row.variant, row.density))
 
 
 def history(expert: Expert) -> QuerySet[Revision]:

@@ -89,6 +89,7 @@ def context(request: HttpRequest, expert: Expert, revision: Revision | None) -> 
         "forms": rows,
         "own": own,
         "chart": drawing(made),
+        "has_others": any(encoded.preset != compression.DEFAULT or encoded.variant for encoded in made),
         "original": original(revision),
         "original_accuracy": accuracies.get(None),
         "has_accuracy": bool(accuracies),
@@ -116,7 +117,7 @@ def rows_of(expert: Expert, revision: Revision) -> list[Row]:
         found[form] = Row(form, encoded, accuracy=measured, address=address)
     return sorted(
         found.values(),
-        key=lambda row: (row.form.preset != compression.DEFAULT, row.form.preset, row.form.variant, row.form.density),
+        key=lambda row: (list(compression.RULES).index(row.form.preset), row.form.variant, row.form.density),
     )
 
 
