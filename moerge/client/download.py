@@ -153,6 +153,7 @@ class _Transfer:
         if match is None or int(match[1]) != have or is_other:
             raise _StartOver
         self._check_total(int(match[3]))
+        self._wanted = replace(self._wanted, size=int(match[3]))
         return have
 
     def _learn(self, answer: Answer, start: int) -> None:

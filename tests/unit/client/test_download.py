@@ -130,6 +130,43 @@ def test_wrong_bytes_under_an_etag_that_is_their_promised_hash_are_refused(serve
     assert list(target.parent.iterdir()) == []
 
 
+def test_pieces_that_are_not_one_file_together_are_fetched_again_in_one_piece(server, hub, target):
+    """Both pieces come under one ETag, as from two servers behind one address that do not hold the same."""
+    rest = {"ETag": f'"{SHA}"', "Content-Range": f"bytes 100000-{len(DATA) - 1}/{len(DATA)}"}
+    server.routes["/file"] = [
+        Reply(OTHER, headers={"ETag": f'"{SHA}"'}, cut_after=100_000),
+        Reply(DATA[100_000:], 206, rest),
+        Reply(DATA, headers={"ETag": f'"{SHA}"'}),
+    ]
+    download.fetch(hub, known(), target)
+    assert target.read_bytes() == DATA
+    assert ranges(server) == [None, "bytes=100000-", None]
+
+
+def test_the_size_is_learned_from_a_part_when_the_whole_did_not_tell_it(server, hub, target):
+    first = Reply(DATA, headers={"ETag": f'"{SHA}"', "Transfer-Encoding": "chunked"}, length=None)
+    first.body = b"%x\r\n" % 100_000 + DATA[:100_000] + b"\r\n"
+    told = f"bytes 100000-{len(DATA) - 1}/{len(DATA)}"
+    server.routes["/file"] = [
+        first,
+        Reply(DATA[100_000:150_000], 206, {"ETag": f'"{SHA}"', "Content-Range": told}, length=None),
+        Reply(DATA[150_000:], 206, {"ETag": f'"{SHA}"', "Content-Range": told.replace("100000-", "150000-")}),
+    ]
+    assert download.fetch(hub, unknown(), target).digest == SHA
+    assert ranges(server) == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_a_part_of_a_file_of_another_size_is_refused(server, hub, target):
+    told = {"ETag": f'"{SHA}"', "Content-Range": f"bytes 100000-{len(DATA)}/{len(DATA) + 1}"}
+    server.routes["/file"] = [
+        Reply(DATA, headers={"ETag": f'"{SHA}"'}, cut_after=100_000),
+        Reply(DATA[100_000:] + b"x", 206, told),
+    ]
+    with pytest.raises(DownloadDamaged, match=f"{len(DATA) + 1} bytes"):
+        download.fetch(hub, known(), target)
+    assert len(server.asked) == 2
+
+
 def test_a_later_call_goes_on_from_what_an_earlier_one_left(server, hub, target):
     part_of(target).write_bytes(DATA[:300_000])
     server.routes["/file"] = stored(DATA, "git-tag")
