@@ -1,8 +1,8 @@
 """Deflate streams (RFC 1951) of one Huffman block, smaller than zlib's and the same under every build of zlib.
 
-zlib starts a new block, with a new table of code lengths, every 32 K symbols. Gaps of one piece follow one distribution,
-so one block suffices; and where the counts fall steadily, as those of gaps do, code lengths from smoothed counts make a
-table of a few runs for a handful of longer codes.
+zlib starts a new block, with a new table of code lengths, every 32 K symbols. Gaps of one piece follow one
+distribution, so one block suffices; and where the counts fall steadily, as those of gaps do, code lengths from smoothed
+counts make a table of a few runs for a handful of longer codes.
 """
 
 import heapq

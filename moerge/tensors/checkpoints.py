@@ -137,7 +137,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         raise _invalid("The index has no weight_map.", INDEX_FILE, type(places).__name__, "tensor names to file names")
     found = {}
     for name in sorted(set(places.values())):
-        if "/" in name or "\\" in name or name in {"", ".", ".."} or not (folder / name).is_file():
+        if "/" in name or "\\" in name or not (folder / name).is_file():
             raise _invalid("The index names a file that is not there.", INDEX_FILE, ascii(name)[:120],
                            "a file beside the index")  # fmt: skip
         found[name] = folder / name

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from moerge.compression import compress_adapter, decompress
+from moerge.compression import compress_adapter, decompress, verify
 from moerge.compression.codecs import compeft
 from moerge.compression.manifest import Budget
 from moerge.compression.reader import open_encoded
@@ -236,3 +236,28 @@ def test_the_decompressed_file_is_read_by_the_safetensors_library(adapter, tmp_p
     decompress(tmp_path / "x", tmp_path / "out")
     loaded = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {name: values.shape for name, values in loaded.items()} == {n: v.shape for n, v in float32.items()}
+
+
+def test_verifying_checks_every_plane_and_tells_what_the_file_says(adapter, tmp_path):
+    report = compress(adapter[0], tmp_path / "x", density=0.1)
+    facts = verify(tmp_path / "x")
+    assert facts["format"] == "compeft"
+    assert facts["density"] == "0.1"
+    assert facts["file_bytes"] == report.bytes
+    assert facts["encoded_bytes"] == report.ternary_bytes
+    assert (facts["encoded_tensors"], facts["plain_tensors"]) == (4, 1)
+    made = Forge.of((tmp_path / "x").read_bytes())
+    made.signs = bytes([made.signs[0] ^ 1]) + made.signs[1:]
+    (tmp_path / "x").write_bytes(made.build(sha256=made.metadata["planes_sha256"]))
+    with pytest.raises(EncodedInvalid) as caught:
+        verify(tmp_path / "x")
+    assert caught.value.rule == "C7.hash"
+
+
+def test_heads_in_double_precision_can_be_rounded_too(adapter, tmp_path):
+    folder, tensors = adapter
+    head = np.random.default_rng(1).normal(size=(5, 300))
+    files.write(folder / "adapter_model.safetensors", tensors | {HEAD: head})
+    compress(folder, tmp_path / "x", heads="bf16")
+    with open_encoded(tmp_path / "x") as encoded:
+        np.testing.assert_array_equal(encoded.tensor(HEAD).bits, files.to_bf16(head.astype(np.float32)))
