@@ -1,4 +1,4 @@
-"""Compress an adapter of the size of rank 64 on a 65 B model in a process of its own, and watch its memory and progress.
+"""Compress an adapter as large as rank 64 on a 65 B model, in a process of its own; watch its memory and progress.
 
 Run by `bin/bench codec --large`; prints one JSON object.
 """
@@ -50,7 +50,7 @@ class Watch:
     def __init__(self) -> None:
         self.longest, self._last = 0.0, time.monotonic()
 
-    def __call__(self, share: float) -> None:
+    def __call__(self, _share: float) -> None:
         now = time.monotonic()
         self.longest, self._last = max(self.longest, now - self._last), now
 
