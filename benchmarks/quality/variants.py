@@ -40,9 +40,9 @@ def at(preset: str, density: float) -> Variant:
 
 
 def of_kind(kind: str, densities: Sequence[float]) -> list[Variant]:
-    """The variants of experts of a kind; for whole checkpoints also the other scales of tensors without a partner."""
+    """The variants of experts of a kind; of tensors without a partner also those of the other scale rules."""
     found = [ORIGINAL, ABSENT, *(at(preset, density) for preset in PRESETS[kind] for density in densities)]
-    if kind == "full":
+    if kind != "lora":
         found += [Variant(f"rule {rule}", "default", density, rule) for rule in LONE_RULES for density in densities]
     return [*found, INT4] if kind == "lora" else found
 
