@@ -13,7 +13,7 @@ from moerge import compression
 from moerge.compression.report import Report
 
 PRESETS = {"lora": ("paper", "default", "hq"), "ia3": ("paper", "default"), "full": ("paper", "default")}
-LONE_RULES = ("unbiased", "mse")
+LONE_RULES = ("unbiased", "norm", "mse")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def at(preset: str, density: float) -> Variant:
 
 
 def of_kind(kind: str, densities: Sequence[float]) -> list[Variant]:
-    """The variants of experts of a kind; of tensors without a partner also those of the other scale rules."""
+    """The variants of experts of a kind; tensors without a partner also by every scale rule."""
     found = [ORIGINAL, ABSENT, *(at(preset, density) for preset in PRESETS[kind] for density in densities)]
     if kind != "lora":
         found += [Variant(f"rule {rule}", "default", density, rule) for rule in LONE_RULES for density in densities]

@@ -353,7 +353,7 @@ def test_an_interrupted_training_is_done_again_and_a_seed_gives_the_same_expert(
     assert any(not np.array_equal(first[name], differing[name]) for name in first)
 
 
-def test_every_kind_is_measured_in_all_presets_and_lone_tensors_by_other_rules_too():
+def test_every_kind_is_measured_in_all_presets_and_lone_tensors_by_every_rule_too():
     from benchmarks.quality import variants
 
     labels = {
@@ -362,5 +362,5 @@ def test_every_kind_is_measured_in_all_presets_and_lone_tensors_by_other_rules_t
     compared = ["original", "no adapter"]
     both = [f"{preset}, k = {k}%" for preset in ("paper", "default") for k in (5, 20)]
     assert labels["lora"] == compared + both + ["hq, k = 5%", "hq, k = 20%", "int4"]
-    rules = [f"rule {rule}, k = {k}%" for rule in ("unbiased", "mse") for k in (5, 20)]
+    rules = [f"rule {rule}, k = {k}%" for rule in ("unbiased", "norm", "mse") for k in (5, 20)]
     assert labels["full"] == labels["ia3"] == compared + both + rules
