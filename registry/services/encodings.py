@@ -152,8 +152,7 @@ def _ask(revision: Revision, choice: Choice | None, job: Job | None, *, user: Us
         job.refresh_from_db()
         return job
     if choice is None:
-        own = jobs.of_pipeline(revision.pk).filter(kind=JobKind.COMPRESS).first()
-        parameters = dict(own.parameters) if own else {}
+        parameters = _own_parameters(revision)
     else:
         # Written down, so that a base model that is found to be larger later does not change what was asked for.
         density = None if choice.preset == INT4 else form_of(revision, choice).density
@@ -162,6 +161,17 @@ def _ask(revision: Revision, choice: Choice | None, job: Job | None, *, user: Us
         return jobs.enqueue(
             JobKind.COMPRESS, revision=revision, key=_key(revision, choice), parameters=parameters, user=user
         )
+
+
+def _own_parameters(revision: Revision) -> dict[str, Any]:
+    """What the pipeline made its form by; the density is that of its result, whatever the base model has grown to."""
+    own = jobs.of_pipeline(revision.pk).filter(kind=JobKind.COMPRESS).first()
+    if own is None:
+        return {}
+    choice = Choice.of(own.parameters)
+    if choice.density is None and choice.preset != INT4:
+        choice = replace(choice, density=(own.result or {}).get("density"))
+    return choice.as_dict()
 
 
 def _key(revision: Revision, choice: Choice | None) -> str:

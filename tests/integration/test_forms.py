@@ -299,6 +299,8 @@ def test_a_form_whose_row_was_removed_is_made_again_with_the_same_bytes(made: Re
     forms.carried_out(job.pk)
     first = {query: reader.get(f"{TEA}?{query}").body for query in ("density=0.1", "")}
     Encoded.objects.all().delete()
+    # What its size would suggest today is not what was published.
+    BaseModel.objects.filter(name=tiny.BASE).update(parameter_count=20 * 10**9)
     assert cleaning.collect_garbage(grace_seconds=0) == 2
     assert {digest for digest, _ in blobs.verify()} == set(made.files.values_list("blob", flat=True))
     assert all(damage == "" for _, damage in blobs.verify())

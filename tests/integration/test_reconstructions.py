@@ -375,3 +375,12 @@ def test_two_requests_are_held_at_a_time_and_the_third_is_told_to_come_again(mad
         assert reader.get(f"/ann/tea/resolve/{commit}/adapter_model.safetensors").status_code == 503
     assert waiting._places.acquire(blocking=False)
     waiting._places.release()
+
+
+def test_nothing_is_uploaded_to_a_reconstruction(made, ann) -> None:
+    owner = hf.Caller(factories.key(ann))
+    answer = owner.json("POST", "/api/models/ann/tea/preupload/compeft-k10", {"files": []})
+    assert (answer.status_code, answer["X-Error-Code"]) == (404, "RevisionNotFound")
+    answer = owner.commit("ann/tea", [hf.header(), *hf.added({"a.txt": b"a"})], branch="compeft-k10")
+    assert (answer.status_code, answer["X-Error-Code"]) == (404, "RevisionNotFound")
+    assert Job.objects.filter(kind="reconstruct").count() == 0

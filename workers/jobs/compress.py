@@ -35,7 +35,8 @@ def run(work: Work) -> dict[str, Any]:
         progress=lambda share: work.progress(share, "Encoding"),
     )
     report = encoded.report
-    return {"bytes": report["bytes"], "original_bytes": report["original_bytes"], "sha256": encoded.blob_id}
+    sizes = {"bytes": report["bytes"], "original_bytes": report["original_bytes"]}
+    return {"preset": encoded.preset, "density": encoded.density, **sizes, "sha256": encoded.blob_id}
 
 
 def encode(revision: Revision, choice: Choice, *, is_own: bool, progress: Progress) -> Encoded:
