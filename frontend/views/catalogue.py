@@ -7,6 +7,7 @@ from django.contrib.auth.decorators import login_required
 from django.db.models import Count
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
+from django.urls import reverse
 from django.views.decorators.http import require_POST
 
 from frontend.views import compression
@@ -14,7 +15,7 @@ from frontend.views.common import page
 from registry import jobs, selectors
 from registry.errors import ExpertNotFound, FileNotFound, NotAllowed
 from registry.models import Expert, Job, Namespace, Revision, User
-from registry.services import downloads, experts
+from registry.services import downloads, experts, reconstructions
 
 PAGE = 30
 FACETS = {"base_model": "base_model__name", "kind": "adapter_kind", "licence": "licence"}
@@ -59,6 +60,9 @@ def owner(request: HttpRequest, owner: str) -> HttpResponse:
 @page
 def expert(request: HttpRequest, owner: str, name: str, revision: str = "main") -> HttpResponse:
     found = selectors.expert(f"{owner}/{name}", request.user)
+    if revision in reconstructions.DENSITIES:
+        # It is files for machines; people see what they are made from.
+        return redirect(f"{reverse('expert', args=[owner, name])}#compressed")
     head = selectors.head(found)
     shown = head
     if revision != "main":

@@ -180,7 +180,11 @@ def test_a_reconstruction_stands_beside_the_history_and_moves_nothing(made, ann,
     assert Ref.objects.get(expert=made.expert).revision == made
     # By its commit it is found like any other.
     assert reader.get(f"/api/v1/experts/ann/tea/revisions/{commit}").json()["state"] == "ready"
-    assert reader.get(f"/ann/tea/tree/{commit}").status_code == 200
+    page = reader.get(f"/ann/tea/tree/{commit}").body.decode()
+    assert f"/ann/tea/tree/{made.commit}" in page
+    assert "Make it" not in page
+    assert reader.get("/ann/tea/tree/compeft-k10")["Location"] == "/ann/tea#compressed"
+    assert reader.get("/ann/nothing/tree/compeft-k10").status_code == 404
     assert [row["id"] for row in reader.get(f"/api/models/ann/tea/commits/{commit}").json()] == [commit, made.commit]
 
 
