@@ -122,13 +122,9 @@ class _Transfer:
         with self._hub.stream(
             self._wanted.path, params=self._wanted.params, headers=headers, accept=accept, patience=self._patience
         ) as answer:
-            if answer.status == 416:
-                raise _StartOver
             start = self._start_of(answer, have)
             self._learn(answer, start)
-            with self._part.open("r+b" if start else "wb") as stream:
-                stream.seek(start)
-                stream.truncate()
+            with self._part.open("ab" if start else "wb") as stream:
                 count = start
                 for block in answer.blocks:
                     count += len(block)
@@ -148,6 +144,7 @@ class _Transfer:
         """Where in the file the bytes of an answer begin. Raises _StartOver where they do not fit what is there."""
         if answer.status == 200:
             return 0
+        # An answer 416 tells the size alone: what is there is longer than the file is now.
         match = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
         is_other = bool(self._etag) and _etag(answer) != self._etag
         if match is None or int(match[1]) != have or is_other:

@@ -156,6 +156,17 @@ def test_the_size_is_learned_from_a_part_when_the_whole_did_not_tell_it(server, 
     assert ranges(server) == [None, "bytes=100000-", "bytes=150000-"]
 
 
+def test_a_weak_tag_does_not_stand_for_bytes(server, hub, target):
+    told = f"bytes 100000-{len(DATA) - 1}/{len(DATA)}"
+    server.routes["/file"] = [
+        Reply(DATA, headers={"ETag": f'W/"{SHA}"'}, cut_after=100_000),
+        Reply(DATA[100_000:], 206, {"ETag": f'W/"{SHA}"', "Content-Range": told}),
+    ]
+    download.fetch(hub, known(), target)
+    assert target.read_bytes() == DATA
+    assert "if-range" not in server.asked[1].headers
+
+
 def test_a_part_of_a_file_of_another_size_is_refused(server, hub, target):
     told = {"ETag": f'"{SHA}"', "Content-Range": f"bytes 100000-{len(DATA)}/{len(DATA) + 1}"}
     server.routes["/file"] = [
@@ -209,10 +220,12 @@ def test_a_file_that_became_shorter_is_fetched_from_its_start(server, hub, targe
     assert ranges(server) == ["bytes=300000-", None]
 
 
-def test_an_answer_without_end_is_cut_at_the_size_that_was_told(server, hub, target):
-    server.routes["/file"] = [Reply(b"x" * 30_000_000, length=None)]
+@pytest.mark.parametrize("more", [1, 30_000_000])
+def test_an_answer_without_end_is_cut_at_the_size_that_was_told(server, hub, target, more):
+    server.routes["/file"] = [Reply(DATA + b"x" * more, length=None)]
     with pytest.raises(DownloadDamaged, match="more than 1024000 bytes"):
         download.fetch(hub, known(), target)
+    assert len(server.asked) == 1
     assert list(target.parent.iterdir()) == []
 
 

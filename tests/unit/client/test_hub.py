@@ -252,6 +252,12 @@ class TestSnapshots:
         assert (found.full_name, found.commit, found.base_model) == ("ann/tea", COMMIT, "bert")
         assert [(file.path, file.size, file.sha256) for file in found.files] == [("a/b.json", 3, "0" * 64)]
 
+    def test_an_expert_that_is_hidden_is_asked_for_once(self, server, hub):
+        server.routes["/api/v1/experts/ann/tea/revisions/main"] = [problem(404, "expert-not-found", "Hidden.")]
+        with pytest.raises(errors.NotFound, match="Hidden"):
+            hub.snapshot(Reference.parse("ann/tea"))
+        assert len(server.asked) == 1
+
     def test_a_merge_is_waited_for(self, server, hub, seen, clock):
         body = {"repo": "merges/m1", "commit": COMMIT, "base_model": "bert", "files": []}
         running = {"id": "j", "kind": "merge", "state": "running", "progress": 0.25, "message": "layer 1"}
