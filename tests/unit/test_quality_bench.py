@@ -296,6 +296,67 @@ def test_demo_experts_come_with_their_spelled_label_texts_and_only_their_rows(tm
     assert [car.label_texts[label] for label in car.test.labels] == ["miles per gallon", "gas type"]
 
 
+def test_a_demo_expert_is_judged_by_its_nearest_label_text_compressed_or_not(tmp_path, base):
+    import peft
+    import torch
+
+    from benchmarks.quality import demos, laboratory
+    from moerge import compression
+
+    folder = ROOT / "examples" / "experts" / "kitchen-and-dining"
+    labels = ("recipe", "calories", "how busy")
+    rows = tasks.Rows(
+        ("how do i bake rye bread", "is the diner packed now", "is cake fattening", "soup please"), (0, 2, 1, 0)
+    )
+    demo = demos.Demo("kitchen-and-dining", folder, labels, rows)
+    (found,) = laboratory.Laboratory(base, tmp_path / "work", (0.2,)).demos([demo])
+    assert (found.kind, found.task) == ("demo", "kitchen-and-dining")
+
+    def judged(model):
+        """Stock PEFT, one text at a time, the adapter beside its base."""
+        vectors = []
+        for text in (*rows.texts, *labels):
+            with torch.inference_mode():
+                hidden = model(**base.tokenizer([text], return_tensors="pt")).last_hidden_state[0]
+            vectors.append(torch.nn.functional.normalize(hidden.mean(dim=0), dim=0))
+        scores = torch.stack(vectors[:4]) @ torch.stack(vectors[4:]).T / 0.05
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(rows.labels), reduction="none").numpy()
+
+    config = (folder / "adapter_config.json").read_bytes()
+    by_label = {one.label: one.outcomes[0].nll for one in found.measured}
+    assert list(by_label) == ["original", "no adapter", "paper, k = 20%", "default, k = 20%", "hq, k = 20%", "int4"]
+    np.testing.assert_allclose(by_label["no adapter"], judged(base.model), atol=1e-4)
+    np.testing.assert_allclose(
+        by_label["original"], judged(peft.PeftModel.from_pretrained(base.fresh(), folder).eval()), atol=1e-4
+    )
+    for preset, label in (("default", "default, k = 20%"), ("paper", "paper, k = 20%"), ("int4", "int4")):
+        weights = folder / "adapter_model.safetensors"
+        options = {} if preset == "int4" else {"density": 0.2}
+        report = compression.compress_adapter(config, weights, tmp_path / "small", preset=preset, **options)
+        compression.decompress(tmp_path / "small", tmp_path / preset, config=config)
+        model = peft.PeftModel.from_pretrained(base.fresh(), tmp_path / preset).eval()
+        np.testing.assert_allclose(by_label[label], judged(model), atol=1e-4, err_msg=label)
+        (measured,) = (one for one in found.measured if one.label == label)
+        assert (measured.ratio, measured.cosine) == (report.ternary_ratio, report.product_cosine)
+    assert len({values.tobytes() for values in by_label.values()}) == len(by_label)
+
+
+def test_seeds_are_seen_one_after_another_and_every_variant_has_all_of_them(small_data, tmp_path, base, capsys):
+    from benchmarks.quality import laboratory
+
+    task = tasks.read(small_data, "sst2")
+    here = laboratory.Laboratory(base, tmp_path, ())
+    (found,) = here.experts(("ia3",), [task], seeds=(1, 2), rows=8)
+    assert [one.label for one in found.measured] == ["original", "no adapter"]
+    assert [len(one.outcomes) for one in found.measured] == [2, 2]
+    first, second = found.original.outcomes
+    assert not np.array_equal(first.nll, second.nll)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ia3")]
+    assert [line.partition("seed ")[2] for line in told] == [
+        "1: training", "1: original", "1: no adapter", "2: training", "2: original", "2: no adapter",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def small_data(tmp_path_factory):
     """A sentiment task of 32 rows."""
