@@ -299,13 +299,14 @@ def test_reconstructions_are_the_same_bytes_when_they_are_made_again_and_are_swe
     assert weights(reader, commit) == weights(reader, "compeft-k10") == first
 
 
-def test_running_the_job_twice_makes_one_revision(made, reader) -> None:
+def test_running_the_job_twice_makes_one_revision_and_leaves_nothing_in_staging(made, reader, settings) -> None:
     touched(reader)
     job = job_of()
     forms.carried_out(job.pk)
     Job.objects.filter(pk=job.pk).update(state=Job.State.QUEUED)
     assert forms.carried_out(job.pk).state == Job.State.DONE
     assert Revision.objects.filter(derived_from=made).count() == 1
+    assert list(settings.HUB_STAGING_DIR.iterdir()) == []
 
 
 def test_what_readers_had_made_does_not_fill_the_owners_quota(made, ann, reader, settings) -> None:
