@@ -1,6 +1,5 @@
 """A hub over HTTP: what it holds of an expert, and streams of its files. The only importer of an HTTP library."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +28,11 @@ from moerge.client.errors import (
 from moerge.client.patience import Patience, Progress, silent
 from moerge.client.records import Job, Snapshot
 from moerge.client.references import Reference
+from moerge.tensors import strict
 
 JSON_BYTES = 32 * 2**20
 PROBLEM_BYTES = 2**20
+_JSON_KEYS, _JSON_DEPTH = 1_000_000, 64
 WAIT_SECONDS = 600.0
 # Pauses after a connection that failed; an address where nobody listens is told after the last.
 PAUSES_SECONDS = (0.5, 1.0, 2.0, 4.0)
@@ -124,8 +125,8 @@ class Hub:
             except BrokenOff as error:
                 failures = self._pause(failures, error, patience)
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
+            return _parsed(data)
+        except strict.Malformed as error:
             raise AnswerInvalid(
                 f"The answer of {self.endpoint}{path} is not JSON.", pointer=path, met=ascii(data[:60]),
                 wanted="JSON", remedy="Check that --endpoint or HF_ENDPOINT is the address of a hub.",
@@ -209,8 +210,8 @@ class Hub:
     def _refusal(self, response: httpx.Response) -> HubRefused:
         """The problem in an answer, whatever it is made of; the answer is closed."""
         try:
-            body = json.loads(_limited(self._blocks(response), PROBLEM_BYTES))
-        except (ValueError, RecursionError, ClientError):
+            body = _parsed(_limited(self._blocks(response), PROBLEM_BYTES))
+        except (strict.Malformed, ClientError):
             # A proxy's page, or an answer cut off: the status alone tells.
             body = None
         finally:
@@ -242,8 +243,8 @@ class Hub:
         try:
             with self._http.stream("GET", f"{self.endpoint}/api/v1/jobs/{job_id}") as response:
                 data = _limited(response.iter_bytes(), PROBLEM_BYTES)
-            return records.job(json.loads(data)) if response.status_code == httpx.codes.OK else None
-        except (httpx.HTTPError, ValueError, RecursionError, AnswerInvalid):
+            return records.job(_parsed(data)) if response.status_code == httpx.codes.OK else None
+        except (httpx.HTTPError, strict.Malformed, AnswerInvalid):
             return None
 
     def _derived(self, reference: Reference, absent: NotFound, patience: Patience) -> Snapshot:
@@ -311,6 +312,11 @@ def _retry_after(response: httpx.Response) -> float:
         return max(0.1, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
     except (ValueError, OverflowError):
         return 2.0
+
+
+def _parsed(data: bytes) -> Any:
+    """Strict JSON: no NaN, no infinity, no key twice. Raises Malformed."""
+    return strict.loads(data, max_keys=_JSON_KEYS, max_depth=_JSON_DEPTH)
 
 
 def _limited(blocks: Iterator[bytes], limit_bytes: int) -> bytes:
