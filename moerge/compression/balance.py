@@ -6,7 +6,6 @@ the old one as the lost A allows. The basis changes: factors of different expert
 """
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from moerge.tensors.files import Float32
 
@@ -14,17 +13,15 @@ from moerge.tensors.files import Float32
 def balanced(A: Float32, B: Float32) -> tuple[Float32, Float32]:
     """(rank, in), (out, rank) -> A' = √S·Vᵀ·Qaᵀ and B' = Qb·U·√S with the same product, by the r x r core alone.
 
-    One thread, so that the same input gives the same bits on the same machine. Where rank exceeds a side, the factors
-    are padded with zeros to the shapes they came in.
+    Where rank exceeds a side, the factors are padded with zeros to the shapes they came in.
     """
     rank = A.shape[0]
-    with threadpool_limits(limits=1, user_api="blas"):
-        q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
-        q_b, r_b = np.linalg.qr(B.astype(np.float64))
-        left, strengths, right = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
-        root = np.sqrt(strengths)
-        first = root[:, None] * (right @ q_a.T)
-        second = (q_b @ left) * root
+    q_a, r_a = np.linalg.qr(A.T.astype(np.float64))
+    q_b, r_b = np.linalg.qr(B.astype(np.float64))
+    left, strengths, right = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    root = np.sqrt(strengths)
+    first = root[:, None] * (right @ q_a.T)
+    second = (q_b @ left) * root
     missing = rank - strengths.size
     first = np.pad(first, ((0, missing), (0, 0)))
     second = np.pad(second, ((0, 0), (0, missing)))
@@ -36,8 +33,7 @@ def compensated(A: Float32, B: Float32, A_image: Float32) -> Float32:
 
     B'' = B·(A·imageᵀ)·(image·imageᵀ)⁻¹, with the pseudo-inverse where rows of the image depend on each other.
     """
-    with threadpool_limits(limits=1, user_api="blas"):
-        image = A_image.astype(np.float64)
-        solved = np.linalg.pinv(image @ image.T, hermitian=True)
-        made: Float32 = (B.astype(np.float64) @ ((A.astype(np.float64) @ image.T) @ solved)).astype(np.float32)
+    image = A_image.astype(np.float64)
+    solved = np.linalg.pinv(image @ image.T, hermitian=True)
+    made: Float32 = (B.astype(np.float64) @ ((A.astype(np.float64) @ image.T) @ solved)).astype(np.float32)
     return made

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, BinaryIO
 
+from threadpoolctl import threadpool_limits
+
 from moerge.compression import manifest, planes, presets, published, scales, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
@@ -103,6 +105,8 @@ def decode(
     return dict(sorted(decoded.items()))
 
 
+# Two threads of BLAS on small matrices fight for a busy machine's cores, and another order of sums is another file.
+@threadpool_limits.wrap(limits=1, user_api="blas")  # type: ignore[untyped-decorator]
 def write(
     stream: BinaryIO,
     source: TensorSource,

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from moerge.compression import manifest, presets, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
@@ -104,6 +105,8 @@ def size_bound(
     return shell + text + 5 * (text // 16_000 + 1) + 16 + 2 * count + codes + 8 * -(-codes // PIECE_BYTES) + plain
 
 
+# Two threads of BLAS on small matrices fight for a busy machine's cores, and another order of sums is another file.
+@threadpool_limits.wrap(limits=1, user_api="blas")  # type: ignore[untyped-decorator]
 def write(
     stream: BinaryIO,
     source: TensorSource,
@@ -120,7 +123,7 @@ def write(
     ledger = Ledger()
     codes, packed = Spool(), Spool()
     try:
-        kept = [scale for _, scale in _encoded(source, names, codes, ledger, arithmetic)]
+        kept = list(_encoded(source, names, codes, ledger, arithmetic))
         rows = [[name, *_claim(source, name), init_of(names[name])] for name in names]
         text, small = manifest.pack(rows)
         scale_bits = np.concatenate([np.empty(0, np.uint16), *kept])
@@ -159,7 +162,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 def _encoded(
     source: TensorSource, names: Mapping[str, Any], codes: Spool, ledger: Ledger, arithmetic: Arithmetic
-) -> Iterator[tuple[str, files.UInt16]]:
+) -> Iterator[files.UInt16]:
     """Each tensor's scales, in the order of the names; its codes go to the spool, its loss into the ledger."""
     partners = selection.factors(source.names())
     waiting: dict[str, tuple[Float32, Float32]] = {}
@@ -180,7 +183,7 @@ def _encoded(
             _note(ledger, arithmetic, (partner or "", *waiting.pop(partner or "")), (name, values, seen))
         elif partner in names:
             waiting[name] = values, seen
-        yield name, bits
+        yield bits
 
 
 def _note(
