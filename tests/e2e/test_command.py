@@ -137,6 +137,21 @@ def test_what_the_command_compresses_is_what_the_hub_compresses(moerge: Run, hub
     assert answer.content == (tmp_path / "here").read_bytes()
 
 
+def test_a_merge_that_is_still_computed_is_waited_for(moerge: Run, hub: Hub, tmp_path: Path):
+    experts = [{"expert": f"{hub.username}/{name}", "weight": weight} for name, weight in
+               (("travel-desk", 0.6), ("small-talk", 0.4))]  # fmt: skip
+    body = {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "method": "linear", "experts": experts}
+    merge = httpx.post(f"{hub.url}/api/v1/merges", json=body, headers=hub.headers).json()
+    done = moerge("pull", f"merges/{merge['id']}", "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["revision"] == merge["commit"]
+    assert {row["path"]: hashlib.sha256(data).hexdigest() for row in told["files"]
+            for data in [(tmp_path / "out" / row["path"]).read_bytes()]} == {
+        row["path"]: row["sha256"] for row in told["files"]}  # fmt: skip
+    assert moerge("verify", tmp_path / "out").returncode == 0
+
+
 def test_refusals_of_the_hub_are_told_and_end_with_1(moerge: Run, expert: str, tmp_path: Path):
     hidden = moerge("pull", expert, "--out", tmp_path / "out", HF_TOKEN="")
     absent = moerge("pull", f"{expert}-not", "--out", tmp_path / "out")

@@ -108,7 +108,7 @@ def test_damage_is_3_and_a_refusal_is_1_with_the_problem_of_the_hub(moerge, serv
     assert not (tmp_path / "out").exists()
 
 
-def test_words_of_a_hub_do_not_command_the_terminal(moerge, server, tmp_path):
+def test_words_of_a_hub_do_not_command_the_terminal(moerge, server, tree, tmp_path):
     """Escape sequences could rewrite what stands on the screen; a right-to-left mark turns names round."""
     nasty = "gone\x1b[2J\x9b1m\u202e.\nmoerge: all is well"
     server.routes[f"/api/v1/experts/{hubs.NAME}/revisions/main"] = [problem(404, "expert-not-found", nasty)]
@@ -117,6 +117,11 @@ def test_words_of_a_hub_do_not_command_the_terminal(moerge, server, tmp_path):
     for sign in "\x1b\x9b\u202e":
         assert sign not in done.err + done.out
     assert done.err.count("\n") == 2
+    hubs.publish(server, tree)
+    server.routes[hubs.ENCODED] = [problem(404, "file-not-found", nasty)]
+    done = moerge("verify", hubs.NAME, "--endpoint", server.url)
+    assert "all is well" in done.err
+    assert "\x1b" not in done.err
 
 
 def test_a_hub_that_is_never_ready_is_1_when_the_time_is_over(moerge, server, tree, tmp_path):

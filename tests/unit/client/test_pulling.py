@@ -304,7 +304,10 @@ def test_every_claim_of_a_hub_is_checked_and_told(server, hub, tree, encoded, pl
     assert verified.commit == hubs.COMMIT
     assert [(found.name, found.kind) for found in verified.found] == [
         *((path, "file") for path in tree), ("adapter", "adapter"), ("compressed form", "encoded")]  # fmt: skip
-    assert "made from these weights" in verified.found[-1].checks
+    assert verified.found[-1].checks[-2:] == (
+        "its tensors are those of adapter_config.json (LORA)",
+        "made from these weights",
+    )
 
 
 def test_a_hub_without_a_compressed_form_says_so(server, hub, tree, place):
