@@ -29,8 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(wanted: argparse.Namespace, terminal: Terminal) -> None:
     config = wanted.config.read_bytes() if wanted.config else None
-    terminal.watch("decoding", None)
-    weights = compression.decompress(wanted.file, wanted.out_dir, config=config, base=wanted.base)
+    terminal.watch("checking", None)
+    weights = compression.decompress(
+        wanted.file,
+        wanted.out_dir,
+        config=config,
+        base=wanted.base,
+        progress=lambda share: terminal.watch("decoding", share),
+    )
     has_config = (wanted.out_dir / "adapter_config.json").is_file()
     if weights.name.startswith("adapter_") and not has_config:
         terminal.warn("No adapter_config.json was given or found: PEFT needs one beside the weights (--config).")

@@ -1,6 +1,7 @@
 """The way back: open whatever `compress` writes, check it, and write what stock PEFT or transformers load."""
 
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,14 @@ def decompress(
     initial: Initial | None = None,
     budget: Budget = Budget(),  # noqa: B008 - frozen record
     expected: Mapping[str, tuple[int, ...]] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Path:
     """Write the weights and the config beside them, so that stock PEFT loads the folder; a checkpoint for transformers.
 
     The config is `config`, or what `compress` laid beside `path`, or an `adapter_config.json` there; with none, only
     weights are written. Differences need `base`, whose SHA-256 must be the one in the file, or `initial`. The whole
-    file is checked before the first tensor is decoded. Returns the path of the weights. Raises EncodedInvalid,
-    BaseMismatch, OSError.
+    file is checked before the first tensor is decoded. `progress` hears the share of the tensors that is written.
+    Returns the path of the weights. Raises EncodedInvalid, BaseMismatch, OSError.
     """
     folder, path = Path(out_dir), Path(path)
     with open_any(path, budget=budget, expected=expected) as encoded:
@@ -82,6 +84,7 @@ def decompress(
             read = encoded.reader(initial if checkpoint is None else _from_base(encoded, checkpoint))
             folder.mkdir(parents=True, exist_ok=True)
             weights = folder / (checkpoints.WEIGHTS_FILE if is_checkpoint else WEIGHTS_FILE)
+            read = _told(encoded, names, read, progress) if progress else read
             with replacing(weights) as stream:
                 files.dump(stream, {name: _decoded(encoded, name, read) for name in names}, {"format": "pt"})
         finally:
@@ -126,6 +129,26 @@ def _from_base(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
         return checkpoint.tensor(found)
 
     return read
+
+
+def _told(
+    encoded: Encoded | Quantised,
+    names: list[str],
+    read: Callable[[str], Array | BF16],
+    progress: Callable[[float], None],
+) -> Callable[[str], Array | BF16]:
+    """`read` that tells how much has been read."""
+    sizes = {name: max(1, prod(encoded.claim(name)[1])) for name in names}
+    total, done = sum(sizes.values()), 0
+
+    def watched(name: str) -> Array | BF16:
+        nonlocal done
+        made = read(name)
+        done += sizes[name]
+        progress(done / total)
+        return made
+
+    return watched
 
 
 def _decoded(encoded: Encoded | Quantised, name: str, read: Callable[[str], Array | BF16]) -> Lazy:

@@ -1,6 +1,7 @@
 """Make the reconstruction of a revision: encode it where that was not done before, decode, keep the files."""
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 from moerge.compression import decompress
@@ -29,12 +30,16 @@ def run(work: Work) -> dict[str, Any]:
             is_own=False,
             progress=lambda share: work.progress(ENCODED_SHARE * share, "Encoding"),
         )
-    work.progress(ENCODED_SHARE, "Decoding")
-    made = decode(source, form, encoded)
+    made = decode(
+        source,
+        form,
+        encoded,
+        progress=lambda share: work.progress(ENCODED_SHARE + (1 - ENCODED_SHARE) * share, "Decoding"),
+    )
     return {"commit": made.commit, "encoded": encoded.blob_id}
 
 
-def decode(source: Revision, form: str, encoded: Encoded) -> Revision:
+def decode(source: Revision, form: str, encoded: Encoded, *, progress: Callable[[float], None]) -> Revision:
     """Decode a form of a revision and publish it. The same encoded bytes give the same weights, byte for byte."""
     kept = storage.current()
     with kept.open(selectors.file(source, files.CONFIG).blob_id) as file:
@@ -43,7 +48,7 @@ def decode(source: Revision, form: str, encoded: Encoded) -> Revision:
     folder.mkdir()
     try:
         with kept.as_path(encoded.blob_id) as path:
-            decompress(path, folder, config=config)
+            decompress(path, folder, config=config, progress=progress)
         weights = blobs.stage_file(folder / files.WEIGHTS)
         return reconstructions.finish(source=source, form=form, encoded=encoded, weights=weights)
     finally:

@@ -261,3 +261,12 @@ def test_heads_in_double_precision_can_be_rounded_too(adapter, tmp_path):
     compress(folder, tmp_path / "x", heads="bf16")
     with open_encoded(tmp_path / "x") as encoded:
         np.testing.assert_array_equal(encoded.tensor(HEAD).bits, files.to_bf16(head.astype(np.float32)))
+
+
+def test_decompressing_tells_how_far_it_is(adapter, tmp_path):
+    compress(adapter[0], tmp_path / "x")
+    heard = []
+    decompress(tmp_path / "x", tmp_path / "out", progress=heard.append)
+    total = 2 * (8 * 200 + 160 * 8) + 5 * 300
+    # The head is float32, and wide dtypes come first in a file.
+    assert heard == pytest.approx(np.cumsum([1500, 1600, 1280, 1600, 1280]) / total)
