@@ -33,6 +33,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in NUMPY.items() if name not in ("BF16", "U16")}
 _BLOCK_BYTES = 1 << 24
+_HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,7 +255,7 @@ def sha256(path: str | Path, progress: Callable[[float], None] | None = None) ->
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
-        while block := stream.read(_BLOCK_BYTES):
+        while block := stream.read(_HASHED_BYTES):
             digest.update(block)
             if progress:
                 progress(min(1.0, stream.tell() / max(1, size)))

@@ -20,7 +20,7 @@ def test_json_is_one_object_on_stdout(capsys):
     report = json.loads(shown.out)
     assert set(report) == {"bench", "commit", "machine", "parameters", "rows"}
     assert report["bench"] == "codec"
-    assert report["parameters"] == {"values": 20000, "repeats": 1, "adapter": None}
+    assert report["parameters"] == {"values": 20000, "repeats": 1, "adapter": None, "large": False}
     assert report["machine"]["cores"] >= 1
     for row in report["rows"]:
         assert set(row) == {"name", "value", "unit", "peer", "peer_value", "ratio", "target", "met"}
