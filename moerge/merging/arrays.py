@@ -12,6 +12,7 @@ from moerge.merging import engine, factors
 from moerge.merging.base import nearest
 from moerge.merging.engine import Settings
 from moerge.merging.sources import Delta, Given, Source
+from moerge.merging.statistics import Statistics
 
 
 def merge(
@@ -23,6 +24,7 @@ def merge(
     seed: int = 0,
     digests: Sequence[str] | None = None,
     rank: int | None = None,
+    statistics: Sequence[Statistics] | None = None,
     settings: Settings | None = None,
 ) -> dict[str, Delta]:
     """Merged delta per tensor name, in the experts' dtype: factors where the result is exactly low rank.
@@ -31,7 +33,8 @@ def merge(
 
     `experts` are deltas by tensor name: arrays, or LowRank records with A, B and scaling. `weights` default to 1 each.
     `digests` name the experts where noise and order are concerned and default to a hash of their values.
-    Raises RecipeInvalid and ExpertsIncompatible.
+    `statistics` are, per expert, what a method of group 2 needs: kind -> tensor name -> values, as
+    moerge.merging.statistics tells. Raises RecipeInvalid and ExpertsIncompatible.
     """
     spec = merging.catalogue().get(method)
     if spec is None:
@@ -44,7 +47,8 @@ def merge(
         )
     weights = [1.0] * len(experts) if weights is None else [float(weight) for weight in weights]
     digests = [digest(expert) for expert in experts] if digests is None else list(digests)
-    if not len(weights) == len(digests) == len(experts):
+    known: list[Statistics] = [{}] * len(experts) if statistics is None else list(statistics)
+    if not len(weights) == len(digests) == len(known) == len(experts):
         raise RecipeInvalid(
             f"There are {len(weights)} weights for {len(experts)} experts.",
             pointer="/experts",
@@ -56,7 +60,10 @@ def merge(
     spec.check_weights(weights, checked)
     for name, expert in zip(digests, experts, strict=True):
         _check_finite(name, expert)
-    sources = [Source(name, weight, tensors) for name, weight, tensors in zip(digests, weights, experts, strict=True)]
+    sources = [
+        Source(name, weight, tensors, statistics=found)
+        for name, weight, tensors, found in zip(digests, weights, experts, known, strict=True)
+    ]
     merged = dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
     if rank is None:
         return merged
@@ -84,8 +91,8 @@ def digest(tensors: Mapping[str, Given]) -> str:
     """SHA-256 over names, shapes, dtypes and values of one expert's deltas."""
     found = hashlib.sha256()
     for name, given in sorted(tensors.items()):
-        parts = [given] if isinstance(given, np.ndarray) else [given.B, given.A, np.float64(given.scaling)]
-        for part in parts:
+        scaling = np.float64(getattr(given, "scaling", 1.0))
+        for part in [given] if isinstance(given, np.ndarray) else [given.B, given.A, scaling]:
             array = np.ascontiguousarray(part)
             found.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
             found.update(array.tobytes())

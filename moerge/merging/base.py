@@ -1,4 +1,4 @@
-"""What a merge method says about itself, and the four forms it can take.
+"""What a merge method says about itself, and the five forms it can take.
 
 A method is one file in `methods/` with a SPEC and pure functions on arrays. The form fixes which functions:
 
@@ -11,6 +11,8 @@ core          `merge(cores, weights, ranks, parameters) -> (rows, columns)` sees
 factor        `merge(factors, weights, parameters) -> Factors` sees the rank units of B and A themselves.
 ordered       `step(state, delta, weight, parameters) -> state` takes one expert after the other in the order of the
               recipe, `finish(state) -> deltas` reads the result; a state can be kept and continued.
+whole         `merge(stream, parameters)` yields name and delta of every tensor, for what fits none of the others: it
+              reads deltas as factors, statistics of the experts, and streams of its own making.
 
 A method whose result is a sum of deltas says so by `coefficients(weights, parameters) -> (experts,)`; the frame then
 forms the sum on the factors, exactly, and never a dense delta.
@@ -26,7 +28,7 @@ from typing import Any, Literal, Self
 
 from moerge.errors import RecipeInvalid
 
-Form = Literal["element-wise", "core", "factor", "ordered"]
+Form = Literal["element-wise", "core", "factor", "ordered", "whole"]
 Kind = Literal["number", "integer", "choice", "flag"]
 RankRule = Literal["all", "sum", "largest", "dense"]
 Value = float | int | str | bool | None
@@ -221,11 +223,12 @@ class Spec:
     """The card of a merge method.
 
     `version` enters the identity of every merge made with the method and is raised when its values change.
-    `group` 1 needs the adapters alone, 2 needs statistics stored beside them, 3 needs evaluation; `needs` names what.
+    `group` 1 needs the adapters alone, 2 needs statistics stored beside them, 3 needs evaluation; `needs` names the
+    kinds of statistics that every expert must come with.
     `rank_rule` gives the output rank from shapes alone: `all` the sum of the ranks as it is, `sum` the same but not
     more than a delta can have, `largest` the largest rank, and `dense`, for a result that is not low rank, the sum but
     at most 64. `divides_by_weights` marks methods that refuse weights summing to zero
-    when `normalize` is set. `experts` is the smallest and largest number of experts.
+    when `normalize` is set, or always where there is no such parameter. `most_experts` bounds their number.
     """
 
     name: str
@@ -242,6 +245,7 @@ class Spec:
     is_random: bool = False
     is_ordered: bool = False
     divides_by_weights: bool = False
+    most_experts: int | None = None
 
     def parameter(self, name: str) -> Parameter:
         """One parameter by name. Raises RecipeInvalid with the nearest known name."""
@@ -266,7 +270,18 @@ class Spec:
         return parameters
 
     def check_weights(self, weights: Sequence[float], parameters: Parameters) -> None:
-        """Raise RecipeInvalid when a weight is not finite, or the method divides by a sum of weights that is zero."""
+        """Raise RecipeInvalid when a weight is not finite, or the method divides by a sum of weights that is zero.
+
+        So it does when there are more experts than the method takes.
+        """
+        if self.most_experts is not None and len(weights) > self.most_experts:
+            raise RecipeInvalid(
+                f"Method {self.name} takes at most {self.most_experts} experts, and here are {len(weights)}.",
+                pointer="/experts",
+                met=len(weights),
+                wanted=f"at most {self.most_experts} experts",
+                remedy="Leave experts out, or choose a method for any number of them.",
+            )
         for position, weight in enumerate(weights):
             if not math.isfinite(weight):
                 raise RecipeInvalid(
@@ -276,13 +291,15 @@ class Spec:
                     wanted="a finite number",
                     remedy="Give a number such as 0.5.",
                 )
-        if self.divides_by_weights and parameters.get("normalize") and abs(math.fsum(weights)) < 1e-8:
+        if self.divides_by_weights and parameters.get("normalize", True) and abs(math.fsum(weights)) < 1e-8:
             raise RecipeInvalid(
                 f"The weights sum to {math.fsum(weights):g}, and {self.name} divides by their sum.",
                 pointer="/experts",
                 met=math.fsum(weights),
                 wanted="weights whose sum is not zero",
-                remedy="Set normalize to false or change the weights.",
+                remedy="Set normalize to false or change the weights."
+                if "normalize" in parameters
+                else "Change the weights.",
             )
 
     def to_dict(self) -> dict[str, Any]:

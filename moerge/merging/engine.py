@@ -16,7 +16,7 @@ import threadpoolctl
 
 from moerge import table
 from moerge.errors import ExpertsIncompatible
-from moerge.merging import factors, methods
+from moerge.merging import factors, methods, statistics
 from moerge.merging.base import Parameters, Spec
 from moerge.merging.sources import Block, Delta, Factors, Source, Stream, Watch, delta_dtype
 
@@ -70,6 +70,14 @@ class Ordered(Protocol):
     def finish(self, state: Any) -> Mapping[str, Delta]: ...
 
 
+class Whole(Protocol):
+    """A method that sees all tensors of all experts at once."""
+
+    SPEC: Spec
+
+    def merge(self, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]: ...
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to compute, which never changes what comes out."""
@@ -106,6 +114,7 @@ def merge(
         watch=settings.watch,
     )
     _check(stream)
+    statistics.check(spec, stream.sources)
     method: Any = _methods()[spec.name]
     with one_blas_thread():
         yield from _by_form(spec, method, stream, parameters)
@@ -142,7 +151,9 @@ def _check(stream: Stream) -> None:
 
 def _by_form(spec: Spec, method: Any, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
     stream.watch.expected = len(stream.names)
-    if spec.form == "ordered":
+    if spec.form == "whole":
+        yield from _whole(cast("Whole", method), stream, parameters)
+    elif spec.form == "ordered":
         yield from _ordered(cast("Ordered", method), stream, parameters)
     elif spec.form == "core":
         for name in stream.names:
@@ -228,6 +239,13 @@ def _ordered(method: Ordered, stream: Stream, parameters: Parameters) -> Iterato
     for name in stream.names:
         dtypes = [delta_dtype(source.read(name)) for source in stream.sources if name in source.tensors]
         yield name, _cast(merged[name], np.result_type(*dtypes))
+
+
+def _whole(method: Whole, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
+    for name, delta in method.merge(stream, parameters):
+        dtypes = [delta_dtype(found) for found in stream.deltas(name) if found is not None]
+        yield name, _cast(delta, np.result_type(*dtypes))
+        stream.watch.step()
 
 
 def _cast(delta: Delta, dtype: np.dtype[Any]) -> Delta:

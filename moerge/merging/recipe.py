@@ -22,18 +22,22 @@ KINDS = ("lora",)
 DTYPES = ("float32", "bfloat16", "float16")
 
 _FIELDS = ("base_model", "method", "parameters", "seed", "experts", "output")
-_EXPERT_FIELDS = ("expert", "revision", "digest", "weight", "base_model")
+_EXPERT_FIELDS = ("expert", "revision", "digest", "weight", "base_model", "statistics")
 _OUTPUT_FIELDS = ("kind", "rank", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
-    """One expert of a recipe. `digest` names its content: order and noise follow it, so that names do not matter."""
+    """One expert of a recipe. `digest` names its content: order and noise follow it, so that names do not matter.
+
+    `statistics` names the content of what is known of it beside its deltas, for methods that need it.
+    """
 
     expert: str
     revision: str
     digest: str
     weight: float
+    statistics: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class Recipe:
             "seed": self.seed,
             "experts": [
                 {"expert": item.expert, "revision": item.revision, "digest": item.digest, "weight": item.weight}
+                | ({} if item.statistics is None else {"statistics": item.statistics})
                 for item in self.experts
             ],
             "output": {"kind": self.output.kind, "rank": self.output.rank, "dtype": self.output.dtype},
@@ -106,6 +111,7 @@ def parse(body: object, *, specs: Mapping[str, Spec] | None = None) -> Recipe:
         base_model = _text(base_model, "/base_model")
     experts = _experts(fields.get("experts"), base_model)
     spec.check_weights([expert.weight for expert in experts], parameters)
+    _check_statistics(spec, experts)
     if not spec.is_ordered:
         experts.sort(key=lambda item: (item.digest, item.weight, item.expert, item.revision))
     seed = fields.get("seed", 0)
@@ -144,7 +150,7 @@ def _experts(values: object, base_model: str | None) -> list[Expert]:
     for position, value in enumerate(values):
         here = f"/experts/{position}"
         fields = _object(value, here, _EXPERT_FIELDS)
-        base = fields.get("base_model")
+        base, given = fields.get("base_model"), fields.get("statistics")
         if base is not None:
             base_model = _same_base(_text(base, f"{here}/base_model"), base_model, here, fields.get("expert"))
         experts.append(
@@ -153,9 +159,22 @@ def _experts(values: object, base_model: str | None) -> list[Expert]:
                 revision=_text(fields.get("revision"), f"{here}/revision"),
                 digest=_text(fields.get("digest"), f"{here}/digest"),
                 weight=_number(fields.get("weight"), f"{here}/weight"),
+                statistics=None if given is None else _text(given, f"{here}/statistics"),
             )
         )
     return experts
+
+
+def _check_statistics(spec: Spec, experts: list[Expert]) -> None:
+    for position, expert in enumerate(experts):
+        if spec.needs and expert.statistics is None:
+            raise ExpertsIncompatible(
+                f"{spec.name} needs {' and '.join(spec.needs)} of every expert, and {expert.expert} comes without.",
+                pointer=f"/experts/{position}/statistics",
+                met="nothing",
+                wanted=f"the digest of its statistics, with {' and '.join(spec.needs)}",
+                remedy="Choose a method that needs no statistics, such as linear.",
+            )
 
 
 def _same_base(base: str, wanted: str | None, here: str, expert: object) -> str:

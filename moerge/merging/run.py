@@ -12,6 +12,7 @@ from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import base, engine, factors
 from moerge.merging.recipe import Recipe
 from moerge.merging.sources import Cancelled, Delta, Factors, LowRank, Source, Watch, never, silent
+from moerge.merging.statistics import Statistics
 from moerge.tensors import adapters
 from moerge.tensors.adapters import Adapter, Layout
 
@@ -61,6 +62,7 @@ def merge(
     adapters_by_digest: Mapping[str, Adapter],
     out_dir: str | Path,
     *,
+    statistics_by_digest: Mapping[str, Statistics] | None = None,
     memory_bytes: int | None = None,
     threads: int = 1,
     progress: Callable[[float], None] | None = None,
@@ -68,6 +70,7 @@ def merge(
 ) -> Report:
     """Merge the recipe's adapters, found by `Expert.digest`, and write adapter_config.json and weights to `out_dir`.
 
+    What a method of group 2 needs is found by `Expert.statistics`.
     `progress` is told the share done, `cancelled` asked whether to stop. Raises ExpertsIncompatible when the adapters
     do not fit together, RecipeInvalid when the output rank or the memory does not fit, Cancelled when told to stop.
     """
@@ -81,6 +84,7 @@ def merge(
             _Modules(expert.expert, adapter.modules, layouts),
             label=expert.expert,
             shapes=adapter.facts.shapes,
+            statistics=(statistics_by_digest or {}).get(expert.statistics or "", {}),
         )
         for expert, adapter in zip(recipe.experts, found, strict=True)
     ]

@@ -57,14 +57,15 @@ class Factors(NamedTuple):
 
 
 Delta = Array | Factors
-Given = Array | LowRank
+Given = Array | LowRank | Factors
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """One expert of a merge: its identity, its weight, and its delta per tensor name.
 
-    `shapes`, where already known, spare a reading of every tensor.
+    `shapes`, where already known, spare a reading of every tensor. `statistics` are what is known of the expert beside
+    its deltas, by kind and tensor name (see moerge.merging.statistics).
     """
 
     digest: str
@@ -72,12 +73,15 @@ class Source:
     tensors: Mapping[str, Given]
     label: str = ""
     shapes: Mapping[str, tuple[int, ...]] | None = None
+    statistics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def read(self, name: str) -> Delta:
         """The delta of one tensor; of factors with their scaling in A."""
         given = self.tensors[name]
         if isinstance(given, np.ndarray):
             return given if given.dtype.kind == "f" and given.dtype.itemsize >= 4 else given.astype(np.float32)
+        if isinstance(given, Factors):
+            return given
         scaling = np.asarray(given.scaling, dtype=given.A.dtype)
         return Factors(np.ascontiguousarray(given.B), np.ascontiguousarray(given.A * scaling))
 
@@ -233,11 +237,11 @@ class Stream:
 
         With several threads as many blocks are in flight at a time, each computed alone, so results do not change.
         """
-        return self._over(name, self._read(name), work)
+        return self._over(name, self.deltas(name), work)
 
     def map_blocks(self, name: str, work: Callable[[Block], Array]) -> Array:
         """What `work` makes of each block of a tensor, in the tensor's shape."""
-        deltas = self._read(name)
+        deltas = self.deltas(name)
         merged = np.empty(self.size(name), dtype=_common_dtype(deltas))
 
         def fill(block: Block) -> None:
@@ -246,7 +250,8 @@ class Stream:
         self._over(name, deltas, fill)
         return merged.reshape(self.shapes[name])
 
-    def _read(self, name: str) -> list[Delta | None]:
+    def deltas(self, name: str) -> list[Delta | None]:
+        """One tensor of every member; None where an expert does not have it."""
         sources = [self.sources[i] for i in self.members(name)]
         return [source.read(name) if name in source.tensors else None for source in sources]
 

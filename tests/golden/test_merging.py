@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from moerge import merging
 from moerge.merging import arrays
-from moerge.merging.methods import della
+from moerge.merging.methods import adamerging, della, lorahub
 from moerge.merging.sources import Factors
 from moerge.tensors.adapters import LowRank
 
@@ -44,28 +44,41 @@ def test_the_reference_is_matched(golden, variant, request):
         parameters=parameters,
         digests=[f"{position:04}" for position in range(len(experts))],
         rank=output_rank(method, params, experts) if case["level"] == "lora" else None,
+        statistics=read_statistics(stored, experts, params) if merging.catalogue()[method].needs else None,
     )
     if case["level"] == "lora":
         check_adapter(merged, experts, stored, case, method)
         return
     wanted = {name.removeprefix("out/"): values for name, values in stored.items() if name.startswith("out/")}
+    check_objective(wanted, stored, case["tolerance"])
     assert merged.keys() == wanted.keys()
     for name, values in wanted.items():
         assert merged[name].dtype == variant
         assert_close(merged[name], values, case["tolerance"], name)
 
 
+def check_objective(wanted, stored, tolerance):
+    """What learning coefficients makes small is stored beside the merge that they give."""
+    if "entropy" in wanted:
+        assert_close(np.array([adamerging.entropy(stored["logits/x"])]), wanted.pop("entropy"), tolerance, "entropy")
+
+
 def check_adapter(merged, experts, stored, case, method):
     """Compare deltas, and the factors of cat, which are determined."""
     params = case["params"]
-    modules = {name[4:-6] for name in stored if name.startswith("out/") and name.endswith(".delta")}
+    out = {name.removeprefix("out/"): values for name, values in stored.items() if name.startswith("out/")}
+    if "l1" in out:
+        assert_close(np.array([lorahub.penalty(np.array(params["weights"]))]), out["l1"], case["tolerance"], "l1")
+    modules = {name.removesuffix(".lora_A.weight").removesuffix(".delta") for name in out} - {"l1"}
+    modules = {name for name in modules if not name.endswith(".lora_B.weight")}
     assert merged.keys() == modules
     rank = output_rank(method, params, experts) or total_rank(experts)
     # The reference keeps use_rslora of the first adapter with lora_alpha = rank, so its scaling is sqrt(rank), not 1.
     excess = math.sqrt(rank) if params.get("use_rslora") else 1.0
     for module, result in merged.items():
         delta = result.delta() if isinstance(result, Factors) else result
-        assert_close(excess * delta, stored[f"out/{module}.delta"], case["tolerance"], module)
+        product = out.get(f"{module}.lora_B.weight", 0) @ out[f"{module}.lora_A.weight"] if f"{module}.delta" not in out else 0
+        assert_close(excess * delta, out.get(f"{module}.delta", product), case["tolerance"], module)
         if method == "cat" and f"out/{module}.lora_A.weight" in stored:
             A, B = stored[f"out/{module}.lora_A.weight"], stored[f"out/{module}.lora_B.weight"]
             assert not A[result.rank :].any()
@@ -134,7 +147,7 @@ def read_experts(stored, count, *, dtype):
                     module: LowRank(
                         own[f"{module}.lora_A.weight"].astype(dtype),
                         own[f"{module}.lora_B.weight"].astype(dtype),
-                        float(own[f"{module}.scaling"].ravel()[0]),
+                        float(own.get(f"{module}.scaling", np.ones(1)).ravel()[0]),
                     )
                     for module in modules
                 }
@@ -142,6 +155,25 @@ def read_experts(stored, count, *, dtype):
         else:
             experts.append({name: values.astype(dtype) for name, values in own.items()})
     return experts
+
+
+KINDS = {"fisher": "fisher_diag", "gram": "gram_in", "gram_out": "gram_out"}
+
+
+def read_statistics(stored, experts, params):
+    """What is stored beside the experts' values; Gram matrices are stored by module, not by weight."""
+    found = [{kind: {} for kind in KINDS.values()} for _ in experts]
+    for name, values in stored.items():
+        folder, _, tensor = name.partition("/")
+        kind, _, position = folder.rpartition(".")
+        if kind in KINDS:
+            own = experts[int(position)]
+            found[int(position)][KINDS[kind]][tensor if tensor in own else f"{tensor}.weight"] = values
+    for position, values in enumerate(np.transpose(stored.get("lambda/raw", np.zeros((0, 0))))):
+        found[position]["coefficients"] = dict(zip(params["lambdas_order"], values, strict=True))
+    for position, loss in enumerate(params.get("losses", [])):
+        found[position]["loss"] = {"*": loss}
+    return found
 
 
 def assert_close(got, wanted, tolerance, name):
@@ -152,8 +184,11 @@ def assert_close(got, wanted, tolerance, name):
 
 
 def weights_of(params, count):
-    weights = params.get("weights")
-    return weights if isinstance(weights, list) else [1.0] * count
+    weights = params.get("weights", params.get("coefficients"))
+    if isinstance(weights, list):
+        return weights
+    # Spherical interpolation between two has a position in place of their weights.
+    return [1 - params["t"], params["t"]] if "t" in params else [1.0] * count
 
 
 def plain_value(params, name, default):
@@ -284,6 +319,51 @@ def opcm(params):
     return "opcm", {"alpha": params["alpha"]}
 
 
+def fisher(params):
+    return "fisher", {
+        "floor": params["min_fisher"],
+        "floor_by": "max" if params["floor"] == "max" else "add",
+        "equalize": params["normalize"],
+    }
+
+
+def knots(params):
+    return "knots", {
+        "inner": {"tv": "sum"}.get(params["inner"], params["inner"]),
+        "density": params["topK_percent"] / 100,
+        "aggregate": params["merging_type"],
+        "scale": plain_value(params, "scale", 1.0),
+    }
+
+
+def slerp(params):
+    return "slerp", {"t": params["t"], "threshold": params["dot_threshold"]}
+
+
+def nuslerp(params):
+    return "nuslerp", {"scope": "tensor" if plain_value(params, "flatten", True) else "row"}
+
+
+def multislerp(params):
+    return "multislerp", {"normalize": plain_value(params, "normalize_weights", True)}
+
+
+def karcher(params):
+    return "karcher", {"steps": params["max_iter"], "tolerance": params["tol"]}
+
+
+def lorahub_release(_params):
+    return "lorahub", {"composition": "release"}
+
+
+def lm_cocktail(params):
+    return "lm_cocktail", {"temperature": params["temperature"]}
+
+
+def peft_ties(params):
+    return "peft_ties", {"density": params["density"], "elect": params.get("majority_sign_method", "total")}
+
+
 def plain(method):
     return lambda _params: (method, {})
 
@@ -301,13 +381,24 @@ TRANSLATIONS = {
     "sce_fuseai": sce("fuseai"),
     "pcb": pcb,
     "consensus_ta": consensus_ta,
+    "fisher": fisher,
+    "knots": knots,
     "iso_c": scaled("iso_c"),
     "iso_cts": iso_cts,
+    "slerp": slerp,
+    "nuslerp": nuslerp,
+    "multislerp": multislerp,
+    "karcher": karcher,
     "tsv_m": scaled("tsv_m"),
     "opcm": opcm,
     "cat": plain("cat"),
     "svd": plain("svd"),
+    "lorahub": lorahub_release,
+    "lm_cocktail": lm_cocktail,
+    "adamerging": plain("adamerging"),
     "lora_cat": plain("cat"),
+    "lora_linear": plain("peft_linear"),
+    "lora_ties": peft_ties,
     "lora_svd": plain("svd"),
     "lora_ties_svd": ties,
     "lora_magnitude_prune_svd": magnitude_prune,

@@ -1,5 +1,7 @@
 """Small experts for merge tests: deltas with zeros, conflicts and heavy tails, seeded."""
 
+import zlib
+
 import numpy as np
 
 from moerge.tensors.adapters import LowRank
@@ -36,6 +38,34 @@ def low_rank(
         }
         for i in range(count)
     ]
+
+
+def statistics(experts, digests, needs):
+    """What each expert is known by beside its deltas, well conditioned, decided by digest, kind, tensor and shape.
+
+    Every expert has them for every tensor of any expert, as a base model has.
+    """
+    shapes = {name: tuple(np.shape(delta_of(found))) for expert in experts for name, found in expert.items()}
+    return [
+        {
+            kind: {
+                name: _statistic(kind, shape, zlib.crc32(f"{digest} {kind} {name} {shape}".encode()))
+                for name, shape in shapes.items()
+                if kind == "fisher_diag" or len(shape) == 2
+            }
+            for kind in needs
+        }
+        for digest in digests
+    ]
+
+
+def _statistic(kind, shape, seed):
+    rng = np.random.default_rng(seed)
+    if kind == "fisher_diag":
+        return rng.random(shape) * 1e-3
+    side = shape[1] if kind == "gram_in" else shape[0]
+    rows = rng.normal(size=(4, side))
+    return np.eye(side) + rows.T @ rows / (8 * side)
 
 
 def delta_of(given):

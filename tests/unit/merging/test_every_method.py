@@ -12,6 +12,8 @@ from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import arrays
 from moerge.merging.base import Spec
 from moerge.merging.engine import Settings
+from moerge.merging.sources import Factors
+from moerge.merging.statistics import Gram
 from moerge.tensors.adapters import LowRank
 from tests.unit.merging import builders
 from tests.unit.merging.builders import LETTERS, dense_of
@@ -28,6 +30,7 @@ NOT_HOMOGENEOUS = {"pcb"}
 # What makes the expectation of a random method the sum of deltas.
 PLAIN = {
     "dare": {"density": 0.3},
+    "knots": {"inner": "dare", "density": 0.3},
     "della": {"density": 0.5, "epsilon": 0.2, "elect": "none", "normalize": False, "scale": 1.0},
 }
 
@@ -38,8 +41,23 @@ def given(value):
     return np.array(value)
 
 
+def known(kinds):
+    """Statistics of one expert in a case: a matrix, rows and columns of a Fisher, or the parts of a Gram."""
+    return {kind: {name: statistic(found) for name, found in tensors.items()} for kind, tensors in kinds.items()}
+
+
+def statistic(value):
+    if isinstance(value, dict) and "rest" in value:
+        return Gram(*(np.array(value[part]) for part in ("vectors", "values", "rest")))
+    if isinstance(value, dict):
+        return Factors(np.array(value["rows"])[:, None], np.array(value["columns"])[None])
+    return np.array(value)
+
+
 def merge(method, experts, **options):
     options.setdefault("digests", LETTERS[: len(experts)])
+    if SPECS[method].needs:
+        options.setdefault("statistics", builders.statistics(experts, options["digests"], SPECS[method].needs))
     return arrays.merge(method, experts, **options)
 
 
@@ -54,6 +72,7 @@ def test_a_case_worked_by_hand_is_matched(method, number):
         parameters=case.get("parameters"),
         seed=case.get("seed", 0),
         rank=case.get("rank"),
+        **({"statistics": [known(found) for found in case["statistics"]]} if "statistics" in case else {}),
     )
     found = dense_of(merged)
     assert found.keys() == case["expected"].keys()

@@ -14,6 +14,8 @@ EVERYTHING = {
     "cat": {},
     "dare": {"density": 1.0},
     "della": {"density": 1.0, "epsilon": 0.0, "scale": 1.0},
+    "fisher": {},
+    "knots": {},
     "linear": {},
     "magmax": {},
     "magnitude_prune": {"density": 1.0},
@@ -28,7 +30,9 @@ EVERYTHING = {
 NO_IDENTITY = {"consensus_ta", "iso_c", "iso_cts", "pcb", "sce"}
 
 
-def merge(method, experts, weights=None, *, seed=0, digests=None, **parameters):
+def merge(method, experts, weights=None, *, seed=0, digests=None, statistics=None, **parameters):
+    digests = digests or LETTERS[: len(experts)]
+    needs = merging.catalogue()[method].needs
     return dense_of(
         arrays.merge(
             method,
@@ -36,7 +40,8 @@ def merge(method, experts, weights=None, *, seed=0, digests=None, **parameters):
             weights=weights,
             parameters=parameters,
             seed=seed,
-            digests=digests or LETTERS[: len(experts)],
+            digests=digests,
+            statistics=builders.statistics(experts, digests, needs) if needs and statistics is None else statistics,
         )
     )
 
@@ -86,6 +91,27 @@ def test_methods_that_add_up_agree_with_linear(method):
     assert_same(merge(method, experts, weights), merge("linear", experts, weights), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("experts", [builders.dense(3), builders.low_rank(3)])
+def test_knots_that_adds_up_is_task_arithmetic_and_that_of_the_same_drops_is_not(experts):
+    weights = [0.5, 1.0, -0.25]
+    wanted = merge("task_arithmetic", experts, weights, scale=0.6)
+    assert_same(merge("knots", experts, weights, inner="sum", scale=0.6), wanted, rtol=1e-4, atol=1e-5)
+    dropped = merge("knots", experts, weights, inner="dare", density=0.9, scale=0.6)
+    assert all(np.abs(dropped[name] - wanted[name]).max() > 1e-4 for name in wanted)
+
+
+def test_knots_keeps_small_deltas_and_directions_and_stays_low_rank():
+    experts = builders.low_rank(3, dtype=np.float64)
+    small = [{n: LowRank(f.A, f.B * 1e-9, f.scaling) for n, f in expert.items()} for expert in experts]
+    assert_same(
+        {name: 1e9 * found for name, found in merge("knots", small, density=0.5).items()},
+        merge("knots", experts, density=0.5),
+        rtol=1e-6,
+    )
+    merged = arrays.merge("knots", experts, parameters={"density": 0.5})
+    assert all(found.rank == 9 for found in merged.values())
+
+
 def test_dare_that_drops_nothing_is_linear():
     experts, weights = builders.dense(3), [0.5, 1.0, -0.25]
     assert_same(merge("dare", experts, weights, density=1.0), merge("linear", experts, weights))
@@ -100,7 +126,7 @@ def test_della_without_a_window_is_dare_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("linear", {"normalize": True}), ("ties", {}), ("sce", {}), ("magmax", {})],
+    [("linear", {"normalize": True}), ("ties", {}), ("sce", {}), ("magmax", {}), ("fisher", {})],
 )
 def test_naming_every_expert_twice_changes_nothing(method, parameters):
     experts, weights = builders.dense(3), [0.5, 1.0, 0.25]
