@@ -20,18 +20,19 @@ from moerge.tensors.files import Float32
 
 DEFAULT, PAPER, HQ = "default", "paper", "hq"
 SIGMA = "sigma"
-# Alone, a tensor has no product to be unbiased in: keeping its norm is the rule for full differences and IA3.
-_LONE_RULE = "norm"
+# A tensor alone has no product to be unbiased in. Measured (docs/compeft-quality.md): a difference from the base keeps
+# its likelihood by the unbiased scale, a vector of IA3 by its norm; there the unbiased scale overshoots.
+_LONE_RULE, _BASE_RULE = "norm", "unbiased"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Parsed parameters. `alpha` is for the paper's scale alone."""
+    """Parsed parameters. `alpha` is for the paper's scale alone; `lone_rule` was chosen, or the tensor decides."""
 
     preset: str
     density: float
     scale_rule: str
-    lone_rule: str
+    lone_rule: str | None
     alpha: float | None
 
     @property
@@ -62,7 +63,7 @@ def settings(parameters: Mapping[str, Any]) -> Settings:
         )  # fmt: skip
     alpha = (parameters["alpha"] or 1.0) if rule == SIGMA else None
     density = parameters["density"] or selection.density_for(None)
-    lone_rule = parameters["scale_rule"] if preset == DEFAULT and parameters["scale_rule"] else _LONE_RULE
+    lone_rule = parameters["scale_rule"] if preset == DEFAULT else None
     return Settings(preset=preset, density=density, scale_rule=rule, lone_rule=lone_rule, alpha=alpha)
 
 
@@ -143,7 +144,8 @@ class Ternariser:
         kept = scales.measure(values, positions)
         if self._plan is not None:
             return self._make(name, values, positions, kept, self._plan.scale or 0.0)
-        return self._make(name, values, positions, kept, scales.lone(kept, self._settings.lone_rule))
+        usual = _BASE_RULE if init_of(self._initial[name]) == "base" else _LONE_RULE
+        return self._make(name, values, positions, kept, scales.lone(kept, self._settings.lone_rule or usual))
 
     def _pair(self, name: str, partner: str) -> list[Ternary]:
         """Both factors of a module; one that is not chosen stays exact and enters the product as it is."""

@@ -54,7 +54,7 @@ _WINDOW = 1 << 18
 def settings(parameters: Mapping[str, object]) -> Settings:
     """Parameters as settings; nothing is left to choose. Raises ParameterInvalid."""
     SPEC.parse(parameters)
-    return Settings(preset=SPEC.name, density=1.0, scale_rule="row", lone_rule="row", alpha=None)
+    return Settings(preset=SPEC.name, density=1.0, scale_rule="row", lone_rule=None, alpha=None)
 
 
 def encode(

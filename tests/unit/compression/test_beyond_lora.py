@@ -77,8 +77,9 @@ def test_a_full_fine_tune_comes_back_from_its_base(folders):
         assert kept.sum() == max(1, round(0.2 * kept.size))
         assert np.abs(difference[kept]).min() >= np.abs(difference[~kept]).max()
         assert (np.sign(change[kept]) == np.sign(difference[kept])).all()
-        # The rule for a tensor alone keeps its norm.
-        np.testing.assert_allclose(np.abs(change[kept]), np.sqrt(np.sum(difference**2.0) / kept.sum()), rtol=1e-3)
+        # The scale of a difference is unbiased along it.
+        scale = np.sum(difference**2.0) / np.abs(difference[kept]).sum()
+        np.testing.assert_allclose(np.abs(change[kept]), scale, rtol=1e-3)
     assert (folders / "out/config.json").read_bytes() == (folders / "tuned/config.json").read_bytes()
     loaded = BertForSequenceClassification.from_pretrained(folders / "out")
     assert torch.equal(loaded.classifier.weight, tuned["classifier.weight"])
