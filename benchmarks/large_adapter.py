@@ -5,7 +5,6 @@ Run by `bin/bench codec --large`; prints one JSON object.
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,15 +56,15 @@ class Watch:
 
 def measured(work: Callable[[], object]) -> dict[str, float]:
     """Seconds of CPU, and how far the peak of resident memory rose above where it began."""
-    before, started = resident(), time.process_time()
+    before, started = memory("VmRSS"), time.process_time()
     work()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"cpu_s": time.process_time() - started, "growth_bytes": max(0, peak - before)}
+    return {"cpu_s": time.process_time() - started, "growth_bytes": max(0, memory("VmHWM") - before)}
 
 
-def resident() -> int:
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    return int(pages) * resource.getpagesize()
+def memory(field: str) -> int:
+    """Resident bytes of this process, now or at their peak. What getrusage tells begins with the peak of the parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024
 
 
 def main() -> None:
