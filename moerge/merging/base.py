@@ -291,7 +291,8 @@ class Spec:
                     wanted="a finite number",
                     remedy="Give a number such as 0.5.",
                 )
-        if self.divides_by_weights and parameters.get("normalize", True) and abs(math.fsum(weights)) < 1e-8:
+        divides = self.divides_by_weights and parameters.get("normalize", True)
+        if divides and weights and abs(math.fsum(weights)) < 1e-8:
             raise RecipeInvalid(
                 f"The weights sum to {math.fsum(weights):g}, and {self.name} divides by their sum.",
                 pointer="/experts",

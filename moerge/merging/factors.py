@@ -62,6 +62,20 @@ def stack(items: Sequence[Factors], coefficients: Sequence[float] | Array) -> Fa
     )
 
 
+def weighted_sum(deltas: Sequence[Delta | None], coefficients: Sequence[float] | Array) -> Delta:
+    """sum coefficient_t D_t, as factors where all have factors; None stands for a delta of zero."""
+    present = [(delta, value) for delta, value in zip(deltas, coefficients, strict=True) if delta is not None]
+    low = [delta for delta, _ in present if isinstance(delta, Factors)]
+    if len(low) == len(present):
+        return stack(low, [value for _, value in present])
+    return np.asarray(sum(dense(delta) * np.float64(value) for delta, value in present))
+
+
+def dense(delta: Delta) -> Array:
+    """A delta as an array."""
+    return delta.delta() if isinstance(delta, Factors) else delta
+
+
 def truncate(factors: Factors, rank: int) -> Truncated:
     """The closest delta of at most `rank` to B @ A, by an SVD of the R x R core, balanced between both factors."""
     B, A = factors.B.astype(np.float64), factors.A.astype(np.float64)

@@ -119,7 +119,10 @@ def bytes_needed(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], *, total
     widest = max((rows + columns for rows, columns in shapes.values()), default=0)
     every = sum(rows + columns for rows, columns in shapes.values())
     written = 4 * rank * every
-    if recipe.spec.rank_rule == "dense" and recipe.spec.form == "element-wise":
+    if "gram_in" in recipe.spec.needs:
+        # The weighted sum of square matrices, its factor, and one of them as it is read.
+        written += 4 * 8 * max((columns * columns for _, columns in shapes.values()), default=0)
+    if recipe.spec.rank_rule == "dense":
         # The merged delta, and per expert a few copies of one block.
         return FIXED_BYTES + 8 * largest + 24 * experts * (1 << 17) + 16 * widest * 2 * rank + written
     held = every if recipe.spec.form == "ordered" else widest

@@ -77,9 +77,9 @@ def of(stream: Stream, kind: str, name: str, *, shape: tuple[int, ...]) -> list[
     return found
 
 
-def are_known(stream: Stream, kind: str, name: str) -> bool:
-    """Whether any expert has this kind of statistics of a tensor."""
-    return any(name in source.statistics.get(kind, {}) for source in stream.sources)
+def has_all(stream: Stream, kind: str, name: str) -> bool:
+    """Whether every member has this kind of statistics of a tensor."""
+    return all(name in stream.sources[member].statistics.get(kind, {}) for member in stream.members(name))
 
 
 def _check_fit(source: Source, kind: str, name: str, given: Any, shape: tuple[int, ...]) -> None:

@@ -327,6 +327,19 @@ def fisher(params):
     }
 
 
+def regmean(params):
+    return "regmean", {"off_diagonal": params["off_diagonal_ratio"]}
+
+
+def mats(params):
+    return "mats", {
+        "objective": "input_output" if "K-FAC" in params["objective"] else "input",
+        "iterations": params["iterations"],
+        "off_diagonal": params["model_lambda"],
+        "start": params["init"],
+    }
+
+
 def knots(params):
     return "knots", {
         "inner": {"tv": "sum"}.get(params["inner"], params["inner"]),
@@ -382,6 +395,8 @@ TRANSLATIONS = {
     "pcb": pcb,
     "consensus_ta": consensus_ta,
     "fisher": fisher,
+    "regmean": regmean,
+    "mats": mats,
     "knots": knots,
     "iso_c": scaled("iso_c"),
     "iso_cts": iso_cts,

@@ -23,6 +23,7 @@ SPEC = Spec(
     paper="arXiv 2111.09832",
     group=2,
     needs=("fisher_diag",),
+    divides_by_weights=True,
     parameters=(
         number(
             "floor",

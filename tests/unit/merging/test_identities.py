@@ -19,7 +19,9 @@ EVERYTHING = {
     "linear": {},
     "magmax": {},
     "magnitude_prune": {"density": 1.0},
+    "mats": {},
     "opcm": {},
+    "regmean": {},
     "sce": {},
     "svd": {},
     "task_arithmetic": {},
@@ -126,7 +128,15 @@ def test_della_without_a_window_is_dare_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("linear", {"normalize": True}), ("ties", {}), ("sce", {}), ("magmax", {}), ("fisher", {})],
+    [
+        ("linear", {"normalize": True}),
+        ("ties", {}),
+        ("sce", {}),
+        ("magmax", {}),
+        ("fisher", {}),
+        ("regmean", {}),
+        ("mats", {}),
+    ],
 )
 def test_naming_every_expert_twice_changes_nothing(method, parameters):
     experts, weights = builders.dense(3), [0.5, 1.0, 0.25]

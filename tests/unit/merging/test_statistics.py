@@ -9,6 +9,7 @@ from moerge import merging
 from moerge.errors import ExpertsIncompatible
 from moerge.merging import arrays, recipe, run
 from moerge.merging.sources import Factors
+from moerge.merging.statistics import Gram
 from tests.unit.merging import builders
 from tests.unit.merging.builders import dense_of
 from tests.unit.merging.test_run import Q, deltas, expected, write
@@ -75,13 +76,124 @@ def test_information_given_by_rows_and_columns_is_that_of_their_products():
         np.testing.assert_allclose(found["q"], wanted["q"], rtol=1e-10, atol=1e-12)
 
 
-def test_equal_information_gives_the_weighted_mean():
-    experts = builders.dense(3)
-    same = builders.statistics(experts, "aaa", ["fisher_diag"])
-    mean = merge("linear", experts, weights=[0.5, 2.0, 1.0], parameters={"normalize": True})
-    found = merge("fisher", experts, weights=[0.5, 2.0, 1.0], statistics=same)
-    for name in mean:
-        np.testing.assert_allclose(found[name], mean[name], rtol=1e-5, atol=1e-8)
+@pytest.mark.parametrize("method", STATISTICAL)
+def test_equal_statistics_give_the_weighted_mean(method):
+    for experts in (builders.dense(3), builders.low_rank(3)):
+        same = builders.statistics(experts, "aaa", merging.catalogue()[method].needs)
+        mean = merge("linear", experts, weights=[0.5, 2.0, 1.0], parameters={"normalize": True})
+        found = merge(method, experts, weights=[0.5, 2.0, 1.0], statistics=same)
+        for name in mean:
+            np.testing.assert_allclose(found[name], mean[name], rtol=1e-4, atol=1e-6)
+
+
+def grams(experts, *, directions, seed=5):
+    """Gram matrices of a few directions and a diagonal per expert and module, and the same as matrices."""
+    rng = np.random.default_rng(seed)
+    compact, whole = [], []
+    for expert in experts:
+        side = next(iter(expert.values())).A.shape[1]
+        found = {
+            name: Gram(rng.normal(size=(directions, side)), rng.random(directions) + 0.5, rng.random(side) + 0.1)
+            for name in expert
+        }
+        compact.append({"gram_in": found})
+        whole.append(
+            {
+                "gram_in": {
+                    name: g.vectors.T @ np.diag(g.values) @ g.vectors + np.diag(g.rest) for name, g in found.items()
+                }
+            }
+        )
+    return compact, whole
+
+
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+@pytest.mark.parametrize("directions", [3, 8])
+def test_a_gram_of_few_directions_is_the_matrix_it_stands_for(method, directions):
+    """Three times three directions are fewer than the 20 columns, three times eight are more."""
+    experts, weights = builders.low_rank(3, dtype=np.float64), [0.5, 2.0, 1.0]
+    few = {"iterations": 5} if method == "mats" else {}
+    for off_diagonal in (1.0, 0.6):
+        found, wanted = (
+            merge(method, experts, weights=weights, statistics=known, parameters={"off_diagonal": off_diagonal, **few})
+            for known in grams(experts, directions=directions)
+        )
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-8, atol=1e-10)
+
+
+def test_regmean_on_factors_is_the_formula_on_matrices():
+    experts, weights = builders.low_rank(3, dtype=np.float64), [0.5, 2.0, 1.0]
+    _, known = grams(experts, directions=4)
+    merged = arrays.merge("regmean", experts, weights=weights, statistics=known, parameters={"off_diagonal": 0.7})
+    for name, found in merged.items():
+        shrunk = [
+            weight * (0.7 * one["gram_in"][name] + 0.3 * np.diag(np.diag(one["gram_in"][name])))
+            for one, weight in zip(known, weights, strict=True)
+        ]
+        answers = sum(builders.delta_of(e[name]) @ gram for e, gram in zip(experts, shrunk, strict=True))
+        assert found.rank == 9
+        np.testing.assert_allclose(found.delta(), answers @ np.linalg.inv(sum(shrunk)), rtol=1e-8, atol=1e-9)
+
+
+def test_mats_on_inputs_ends_where_regmean_is_and_stays_in_the_span_of_the_experts():
+    experts, weights = builders.low_rank(3, dtype=np.float64), [0.5, 2.0, 1.0]
+    _, known = grams(experts, directions=2)
+    wanted = merge("regmean", experts, weights=weights, statistics=known)
+    merged = arrays.merge("mats", experts, weights=weights, statistics=known, parameters={"iterations": 500})
+    for name, found in merged.items():
+        assert found.rank == 9
+        assert np.linalg.norm(found.delta() - wanted[name]) < 1e-3 * np.linalg.norm(wanted[name])
+    early = merge("mats", experts, weights=weights, statistics=known, parameters={"iterations": 1})
+    assert np.linalg.norm(early["q"] - wanted["q"]) > 1e-2 * np.linalg.norm(wanted["q"])
+
+
+def test_mats_on_inputs_and_outputs_solves_its_normal_equations():
+    experts, weights = builders.low_rank(2, dtype=np.float64), [0.5, 2.0]
+    known = builders.statistics(experts, "ab", ["gram_in", "gram_out"])
+    parameters = {"objective": "input_output", "off_diagonal": 1.0, "iterations": 500}
+    merged = merge("mats", experts, weights=weights, statistics=known, parameters=parameters)
+    for name, found in merged.items():
+        sides = [
+            sum(
+                weight * one["gram_out"][name] @ delta @ one["gram_in"][name]
+                for one, weight, delta in zip(known, weights, deltas, strict=True)
+            )
+            for deltas in ([found, found], [builders.delta_of(expert[name]) for expert in experts])
+        ]
+        assert np.linalg.norm(sides[0] - sides[1]) < 2e-5 * np.linalg.norm(sides[1])
+
+
+def test_mats_on_outputs_needs_their_gram_matrices():
+    experts = builders.low_rank(2)
+    known = builders.statistics(experts, "ab", ["gram_in"])
+    with pytest.raises(ExpertsIncompatible, match="a comes without gram_out of q"):
+        merge("mats", experts, statistics=known, parameters={"objective": "input_output"})
+
+
+@pytest.mark.parametrize("method", ["regmean", "mats"])
+def test_a_matrix_without_gram_matrices_is_averaged_where_the_caller_says_so(method):
+    experts = builders.low_rank(2)
+    known = builders.statistics(experts, "ab", ["gram_in"])
+    whole = merge(method, experts, weights=[0.5, 2.0], statistics=known)
+    del known[1]["gram_in"]["v"]
+    found = merge(method, experts, weights=[0.5, 2.0], statistics=known, parameters={"fallback": "mean"})
+    mean = merge("linear", experts, weights=[0.5, 2.0], parameters={"normalize": True})
+    np.testing.assert_allclose(found["v"], mean["v"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found["q"], whole["q"])
+
+
+def test_a_singular_sum_of_gram_matrices_gets_a_small_ridge_and_an_indefinite_one_is_refused():
+    (expert,) = builders.low_rank(1, names=("q",), dtype=np.float64)
+    vector = np.arange(1.0, 21.0)
+    known = [{"gram_in": {"q": np.outer(vector, vector)}}]
+    found = merge("regmean", [expert], statistics=known, parameters={"off_diagonal": 1.0})["q"]
+    np.testing.assert_allclose(found @ vector, builders.delta_of(expert["q"]) @ vector, rtol=1e-3)
+    with pytest.raises(ExpertsIncompatible, match="q is not positive definite"):
+        merge("regmean", [expert, expert], weights=[1.0, -2.0], statistics=known * 2)
+    with pytest.raises(ExpertsIncompatible, match="q is not positive definite"):
+        other = [known[0], {"gram_in": {"q": np.eye(20)}}]
+        merge("mats", builders.low_rank(2, names=("q",)), weights=[1.0, -2.0], statistics=other)
 
 
 def named(letter, **changes):
