@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from moerge.compression.container import Initial
 from moerge.compression.manifest import Budget
-from moerge.compression.reader import Initial
 from moerge.errors import ParameterInvalid
 from moerge.tensors.files import BF16, Array
 

@@ -1,35 +1,30 @@
 """Reads a `compeft/1` file that nobody vouches for: every rule first, memory after, and never half a result."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from moerge.compression import manifest, planes
+from moerge.compression.container import Container, Initial, start_of
 from moerge.compression.manifest import Budget, Entry
 from moerge.compression.planes import Positions, UInt8
 from moerge.compression.rules import refuse
 from moerge.compression.shell import Cursor, Pieces, Shell
 from moerge.compression.source import Source, open_source
 from moerge.compression.ternary import as_float32, blank, round_scale
-from moerge.errors import EncodedInvalid
 from moerge.tensors import files
 from moerge.tensors.files import BF16, Array
-
-Initial = Callable[[str], "Array | BF16"]
 
 FORMAT, VERSION = "compeft", "1"
 _PLANES = {"manifest": "U8", "scales": "F32", "pos": "U8", "pos_len": "I64", "sign": "U8"}
 
 
-class Encoded:
-    """An open `compeft/1` file whose claims have been checked (rules 1 to 4). A context manager.
+class Encoded(Container[Entry]):
+    """An open `compeft/1` file whose claims have been checked (rules 1 to 4)."""
 
-    `tensor(name)` decodes one tensor from the pieces that cover it; `walk` decodes all and checks the hash at the end.
-    """
+    _last_plane = "sign"
 
     def __init__(
         self,
@@ -38,73 +33,14 @@ class Encoded:
         budget: Budget = Budget(),  # noqa: B008 - frozen record
         expected: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        self._shell = Shell(source, name=f"{FORMAT}/{VERSION}", layout=_PLANES, budget=budget)
-        self.metadata = self._shell.metadata
-        self.plain = self._shell.plain
-        self._manifest = manifest.inflate(self._shell.read("manifest"))
+        super().__init__(Shell(source, name=f"{FORMAT}/{VERSION}", layout=_PLANES, budget=budget))
         rows = manifest.parse(self._manifest, budget=budget, taken=frozenset(self.plain), expected=expected)
         if self._shell.info("scales").size != len(rows):
             refuse("C3.scales", "scales", met=self._shell.info("scales").size, wanted=len(rows))
-        self._scales = self._shell.read("scales")
         found = manifest.entries(rows, np.frombuffer(self._scales, "<f4"))
         self.entries = {entry.name: entry for entry in found}
         self._pieces = Pieces(self._shell, "pos", "pos_len", total=sum(entry.plane_bytes for entry in found))
         self._check_signs(found)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._shell.close()
-
-    @property
-    def file_bytes(self) -> int:
-        return self._shell.file_bytes
-
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes of the file that stand for ternary tensors: manifest, scales, positions and signs."""
-        return self._shell.plane_bytes
-
-    def tensor(self, name: str, initial: Initial | None = None) -> Array | BF16:
-        """One tensor, without reading the others. Raises KeyError for an unknown name."""
-        return self.reader(initial)(name)
-
-    def reader(self, initial: Initial | None = None) -> Callable[[str], Array | BF16]:
-        """`tensor` for one thread that asks for many: neighbours in the manifest share what they are decoded from."""
-        cursor = Cursor(self._pieces)
-
-        def read(name: str) -> Array | BF16:
-            entry = self.entries.get(name)
-            return self._shell.plain_tensor(name) if entry is None else self._decode(entry, cursor, initial)
-
-        return read
-
-    def claim(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape that `tensor` will give. Raises KeyError for an unknown name."""
-        entry = self.entries.get(name)
-        return self._shell.plain_claim(name) if entry is None else (entry.dtype, entry.shape)
-
-    def walk(self, initial: Initial | None = None) -> Iterator[tuple[str, Array | BF16]]:
-        """Every ternary tensor in the order of the manifest; raises C7.hash after the last when the hash differs.
-
-        Use nothing of it before it has ended.
-        """
-        digest = hashlib.sha256(self._manifest + self._scales)
-        cursor = Cursor(self._pieces, digest)
-        for entry in self.entries.values():
-            yield entry.name, self._decode(entry, cursor, initial)
-        self._shell.check_hash(digest, "sign")
-
-    def verify(self) -> None:
-        """Check rules 5 to 7 over the whole file, decoding nothing."""
-        digest = hashlib.sha256(self._manifest + self._scales)
-        cursor = Cursor(self._pieces, digest)
-        for entry in self.entries.values():
-            _walk(entry, cursor, _paint_nothing)
-        self._shell.check_hash(digest, "sign")
 
     def _decode(self, entry: Entry, cursor: Cursor, initial: Initial | None) -> Array | BF16:
         signs = np.frombuffer(self._shell.read("sign", entry.sign_start, (entry.kept + 7) // 8), np.uint8)
@@ -117,6 +53,9 @@ class Encoded:
             paint = _painter(out.reshape(-1), entry, scale, signs)
         _walk(entry, cursor, paint)
         return BF16(out) if entry.dtype == "BF16" else out
+
+    def _check(self, entry: Entry, cursor: Cursor) -> None:
+        _walk(entry, cursor, _paint_nothing)
 
     def _check_signs(self, found: list[Entry]) -> None:
         wanted = sum((entry.kept + 7) // 8 for entry in found)
@@ -200,20 +139,3 @@ def _adder(out: Array, entry: Entry, scale: np.ndarray[Any, Any], signs: UInt8) 
         out[positions] = made.bits if isinstance(made, BF16) else made
 
     return paint
-
-
-def start_of(name: str, dtype: str, shape: tuple[int, ...], initial: Initial | None) -> Array:
-    """The base model's tensor in a dtype, a copy; uint16 bits for BF16. Raises EncodedInvalid."""
-    if initial is None:
-        raise EncodedInvalid(
-            f"{name} is a difference from the base model, and no base was given.", pointer=name,
-            met="no base model", wanted="the checkpoint it was trained from", remedy="Pass the base checkpoint.",
-        )  # fmt: skip
-    base = as_float32(initial(name))
-    if base.shape != shape:
-        raise EncodedInvalid(
-            f"The base tensor of {name} has another shape.", pointer=name, met=list(base.shape),
-            wanted=list(shape), remedy="Pass the base checkpoint that the metadata names.",
-        )  # fmt: skip
-    made = files.to_dtype(base, dtype)
-    return (made.bits if isinstance(made, BF16) else made).copy()

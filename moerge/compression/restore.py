@@ -8,8 +8,9 @@ from typing import Any
 from moerge.compression import shell
 from moerge.compression.adapters import CHECKPOINT_CONFIG_FILE, CONFIG_FILE, WEIGHTS_FILE, replacing, sidecar
 from moerge.compression.codecs.int4 import Quantised
+from moerge.compression.container import Container, Initial
 from moerge.compression.manifest import Budget
-from moerge.compression.reader import Encoded, Initial
+from moerge.compression.reader import Encoded
 from moerge.compression.rules import refuse
 from moerge.compression.source import open_source
 from moerge.errors import BaseMismatch
@@ -17,7 +18,7 @@ from moerge.tensors import checkpoints, files
 from moerge.tensors.checkpoints import Checkpoint, open_checkpoint
 from moerge.tensors.files import BF16, Array, Lazy
 
-_READERS: Mapping[str, Callable[..., Encoded | Quantised]] = {"compeft": Encoded, "int4": Quantised}
+_READERS: Mapping[str, Callable[..., Container[Any]]] = {"compeft": Encoded, "int4": Quantised}
 
 
 def open_any(
@@ -25,7 +26,7 @@ def open_any(
     *,
     budget: Budget = Budget(),  # noqa: B008 - frozen record
     expected: Mapping[str, tuple[int, ...]] | None = None,
-) -> Encoded | Quantised:
+) -> Container[Any]:
     """Open an encoded file of any container and check rules 1 to 4. Raises EncodedInvalid, OSError."""
     source = open_source(data)
     try:
@@ -98,7 +99,7 @@ def decompress(
     return weights
 
 
-def _base_of(encoded: Encoded | Quantised, base: str | Path | None) -> Checkpoint:
+def _base_of(encoded: Container[Any], base: str | Path | None) -> Checkpoint:
     """The base checkpoint, when it is the one that the differences were taken from."""
     name = encoded.metadata.get("base_model") or "its base model"
     wanted = encoded.metadata.get("base_sha256", "")
@@ -118,7 +119,7 @@ def _base_of(encoded: Encoded | Quantised, base: str | Path | None) -> Checkpoin
     return checkpoint
 
 
-def _from_base(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
+def _from_base(encoded: Container[Any], checkpoint: Checkpoint) -> Initial:
     def read(name: str) -> Array | BF16:
         found = checkpoint.same_as(name, encoded.claim(name)[1])
         if found is None:
@@ -132,7 +133,7 @@ def _from_base(encoded: Encoded | Quantised, checkpoint: Checkpoint) -> Initial:
 
 
 def _told(
-    encoded: Encoded | Quantised,
+    encoded: Container[Any],
     names: list[str],
     read: Callable[[str], Array | BF16],
     progress: Callable[[float], None],
@@ -151,7 +152,7 @@ def _told(
     return watched
 
 
-def _decoded(encoded: Encoded | Quantised, name: str, read: Callable[[str], Array | BF16]) -> Lazy:
+def _decoded(encoded: Container[Any], name: str, read: Callable[[str], Array | BF16]) -> Lazy:
     return Lazy(*encoded.claim(name), lambda: read(name))
 
 

@@ -15,10 +15,11 @@ from threadpoolctl import threadpool_limits
 from moerge.compression import manifest, planes, presets, published, scales, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
+from moerge.compression.container import Initial
 from moerge.compression.differences import Arrays, TensorSource
 from moerge.compression.manifest import Budget
 from moerge.compression.presets import Settings, Ternariser
-from moerge.compression.reader import Initial, open_encoded
+from moerge.compression.reader import open_encoded
 from moerge.compression.report import Ledger
 from moerge.compression.writer import Writer, Written
 from moerge.tensors import files

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -22,11 +21,11 @@ from threadpoolctl import threadpool_limits
 from moerge.compression import manifest, presets, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Spec, Tensors
+from moerge.compression.container import Container, Initial, start_of
 from moerge.compression.differences import Arrays, TensorSource, difference, init_of
 from moerge.compression.manifest import Budget
 from moerge.compression.planes import PIECE_BYTES, UInt8
 from moerge.compression.presets import Settings
-from moerge.compression.reader import Initial, start_of
 from moerge.compression.report import Ledger
 from moerge.compression.rules import refuse
 from moerge.compression.shell import Cursor, Pieces, Shell
@@ -238,8 +237,8 @@ class Entry:
         return (self.size + 1) // 2
 
 
-class Quantised:
-    """An open `int4/1` file whose claims have been checked (rules 1 to 4). A context manager, read like `Encoded`."""
+class Quantised(Container[Entry]):
+    """An open `int4/1` file whose claims have been checked (rules 1 to 4)."""
 
     def __init__(
         self,
@@ -248,79 +247,23 @@ class Quantised:
         budget: Budget = Budget(),  # noqa: B008 - frozen record
         expected: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        self._shell = Shell(source, name=f"{FORMAT}/{VERSION}", layout=_LAYOUT, budget=budget)
-        self.metadata = self._shell.metadata
-        self.plain = self._shell.plain
-        self._manifest = manifest.inflate(self._shell.read("manifest"))
+        super().__init__(Shell(source, name=f"{FORMAT}/{VERSION}", layout=_LAYOUT, budget=budget))
         rows = manifest.parse(self._manifest, budget=budget, taken=frozenset(self.plain), expected=expected,
                               check_rest=_check_length)  # fmt: skip
-        self.entries: dict[str, Entry] = {}
+        found = []
         start = first = 0
         for name, dtype, shape, init in rows:
             entry = Entry(name, dtype, tuple(shape), init, start, first)
-            self.entries[name] = entry
+            found.append(entry)
             start += entry.code_bytes
             first += _rows(entry.shape)
+        self.entries = {entry.name: entry for entry in found}
         if self._shell.info("scales").size != first:
             refuse("C3.scales", "scales", met=self._shell.info("scales").size, wanted=first)
-        self._scales = self._shell.read("scales")
         self._steps = files.from_bf16(np.frombuffer(self._scales, "<u2"))
-        for entry in self.entries.values():
+        for entry in found:
             self._check_scales(entry)
         self._pieces = Pieces(self._shell, "codes", "codes_len", total=start)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._shell.close()
-
-    @property
-    def file_bytes(self) -> int:
-        return self._shell.file_bytes
-
-    @property
-    def encoded_bytes(self) -> int:
-        """Bytes of the file that stand for encoded tensors."""
-        return self._shell.plane_bytes
-
-    def tensor(self, name: str, initial: Initial | None = None) -> Array | BF16:
-        """One tensor, without reading the others. Raises KeyError for an unknown name."""
-        return self.reader(initial)(name)
-
-    def reader(self, initial: Initial | None = None) -> Callable[[str], Array | BF16]:
-        """`tensor` for one thread that asks for many: neighbours in the manifest share what they are decoded from."""
-        cursor = Cursor(self._pieces)
-
-        def read(name: str) -> Array | BF16:
-            entry = self.entries.get(name)
-            return self._shell.plain_tensor(name) if entry is None else self._decode(entry, cursor, initial)
-
-        return read
-
-    def claim(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Dtype and shape that `tensor` will give. Raises KeyError for an unknown name."""
-        entry = self.entries.get(name)
-        return self._shell.plain_claim(name) if entry is None else (entry.dtype, entry.shape)
-
-    def walk(self, initial: Initial | None = None) -> Iterator[tuple[str, Array | BF16]]:
-        """Every encoded tensor in the order of the manifest; raises C7.hash after the last when the hash differs."""
-        digest = hashlib.sha256(self._manifest + self._scales)
-        cursor = Cursor(self._pieces, digest)
-        for entry in self.entries.values():
-            yield entry.name, self._decode(entry, cursor, initial)
-        self._shell.check_hash(digest)
-
-    def verify(self) -> None:
-        """Check rules 5 to 7 over the whole file, decoding nothing."""
-        digest = hashlib.sha256(self._manifest + self._scales)
-        cursor = Cursor(self._pieces, digest)
-        for entry in self.entries.values():
-            for _ in _steps(entry, cursor):
-                pass
-        self._shell.check_hash(digest)
 
     def _check_scales(self, entry: Entry) -> None:
         steps = self._steps[entry.first : entry.first + _rows(entry.shape)]
@@ -328,6 +271,10 @@ class Quantised:
             refuse("C3.negative", entry.name, met=float(steps.min()), wanted="scales from 0")
         if not (_MOST * steps.astype(np.float64) <= largest(entry.dtype)).all():
             refuse("C3.finite", entry.name, met=f"{steps.max()} as {entry.dtype}", wanted="7 times a scale finite")
+
+    def _check(self, entry: Entry, cursor: Cursor) -> None:
+        for _ in _steps(entry, cursor):
+            pass
 
     def _decode(self, entry: Entry, cursor: Cursor, initial: Initial | None) -> Array | BF16:
         base = start_of(entry.name, entry.dtype, entry.shape, initial) if entry.init == "base" else None
