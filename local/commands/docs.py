@@ -51,11 +51,14 @@ def _write_merge_methods(path: Path) -> None:
         "# Merge methods",
         "",
         "Written from the catalogue by `bin/docs`. Weights are those of the experts in a recipe; `density` is the",
-        "share of values kept. All methods work on deltas (scaling times B times A), never on the factors alone.",
+        "share of values kept. Methods work on deltas (scaling times B times A); only those called `peft_` merge A and",
+        "B apart from each other, as PEFT does, and are here for comparison.",
     ]
     for name, spec in merging.catalogue().items():
         lines += ["", f"## {name}", "", f"{spec.summary} {spec.paper}".strip(), ""]
-        lines += [f"Form: {spec.form}. Version {spec.version}."]
+        takes = "" if spec.most_experts is None else f" At most {spec.most_experts} experts."
+        needs = f" Needs {' and '.join(spec.needs)} of every expert." if spec.needs else ""
+        lines += [f"Form: {spec.form}. Version {spec.version}.{takes}{needs}"]
         if spec.parameters:
             lines += ["", "| parameter | default | allowed | meaning |", "|---|---|---|---|"]
         for parameter in spec.parameters:

@@ -46,12 +46,13 @@ def statistics(experts, digests, needs):
     Every expert has them for every tensor of any expert, as a base model has.
     """
     shapes = {name: tuple(np.shape(delta_of(found))) for expert in experts for name, found in expert.items()}
+    shapes = {"*": ()} if needs == ("loss",) else shapes
     return [
         {
             kind: {
                 name: _statistic(kind, shape, zlib.crc32(f"{digest} {kind} {name} {shape}".encode()))
                 for name, shape in shapes.items()
-                if kind == "fisher_diag" or len(shape) == 2
+                if not kind.startswith("gram") or len(shape) == 2
             }
             for kind in needs
         }
@@ -63,6 +64,8 @@ def _statistic(kind, shape, seed):
     rng = np.random.default_rng(seed)
     if kind == "fisher_diag":
         return rng.random(shape) * 1e-3
+    if kind in {"loss", "coefficients"}:
+        return rng.uniform(-0.2, 1.4)
     side = shape[1] if kind == "gram_in" else shape[0]
     rows = rng.normal(size=(4, side))
     return np.eye(side) + rows.T @ rows / (8 * side)

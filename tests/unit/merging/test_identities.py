@@ -13,6 +13,17 @@ EVERYTHING = {
     "breadcrumbs": {"density": 1.0, "gamma": 0.0},
     "cat": {},
     "dare": {"density": 1.0},
+    "karcher": {},
+    "lm_cocktail": {},
+    "lorahub": {},
+    "multislerp": {},
+    "nuslerp": {},
+    "peft_dare_linear": {"density": 1.0},
+    "peft_dare_ties": {"density": 1.0},
+    "peft_linear": {},
+    "peft_magnitude_prune": {"density": 1.0},
+    "peft_ties": {"density": 1.0},
+    "slerp": {},
     "della": {"density": 1.0, "epsilon": 0.0, "scale": 1.0},
     "fisher": {},
     "knots": {},
@@ -28,8 +39,9 @@ EVERYTHING = {
     "ties": {"density": 1.0},
     "tsv_m": {},
 }
-# A single expert is changed by these on purpose: values made equal, drowned, balanced, or voted away.
-NO_IDENTITY = {"consensus_ta", "iso_c", "iso_cts", "pcb", "sce"}
+# A single expert is changed by these on purpose: values made equal, drowned, balanced, or voted away. AdaMerging
+# has a coefficient of its own.
+NO_IDENTITY = {"adamerging", "consensus_ta", "iso_c", "iso_cts", "pcb", "sce"}
 
 
 def merge(method, experts, weights=None, *, seed=0, digests=None, statistics=None, **parameters):
@@ -204,15 +216,26 @@ def test_opcm_goes_on_from_a_kept_state_as_if_it_had_not_stopped():
 
 
 def test_no_two_methods_agree_on_one_set_of_conflicting_experts():
-    experts = builders.dense(4, seed=2)
+    experts = builders.low_rank(4, seed=2, ranks=(3,), names=("layers.0.q", "layers.5.q", "head"))
     settings = {
         "linear": {"normalize": True}, "task_arithmetic": {"scale": 0.4}, "ties": {"density": 0.5}, "cat": {},
         "iso_c": {"scale": 0.7}, "iso_cts": {"scale": 0.7, "common": 0.3}, "tsv_m": {"scale": 0.7}, "magmax": {"scale": 0.6},
         "breadcrumbs": {"density": 0.5, "gamma": 0.1}, "magnitude_prune": {"density": 0.5}, "sce": {"select": 0.5},
+        "slerp": {"t": 0.3}, "nuslerp": {"scope": "row"}, "multislerp": {}, "karcher": {}, "lm_cocktail": {"temperature": 2.0},
+        "lorahub": {"composition": "release"}, "adamerging": {"scale": 0.8}, "peft_ties": {"density": 0.6},
+        "peft_dare_linear": {"density": 0.7}, "peft_dare_ties": {"density": 0.7}, "peft_magnitude_prune": {"density": 0.6},
+        # Left to run to its end it is RegMean.
+        "mats": {"iterations": 1, "off_diagonal": 0.3},
     }  # fmt: skip
     flat = {}
-    for method in merging.catalogue():
-        merged = merge(method, experts, [0.5, 1.0, 0.8, -0.3], seed=1, **settings.get(method, {}))
+    for method, spec in merging.catalogue().items():
+        merged = merge(
+            method,
+            experts[: spec.most_experts],
+            [0.5, 1.0, 0.8, -0.3][: spec.most_experts],
+            seed=1,
+            **settings.get(method, {}),
+        )
         flat[method] = np.concatenate([found.ravel() for found in merged.values()])
     # cat and svd are the same sum; they differ in the rank they keep.
     names = sorted(set(flat) - {"svd"})
