@@ -121,10 +121,17 @@ def test_paper_is_named_in_the_file_and_reports_its_loss(adapter, tmp_path):
         assert encoded.metadata["scale_rule"] == "sigma"
 
 
-@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"preset": "paper", "scale_rule": "stc"}])
-def test_progress_rises_to_one(adapter, tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [({}, 1), ({"preset": "paper"}, 4), ({"preset": "paper", "scale_rule": "stc"}, 5), ({"preset": "int4"}, 1)],
+)
+def test_progress_rises_to_one(adapter, tmp_path, options, passes):
     heard = []
     compress(adapter[0], tmp_path / "x", progress=heard.append, **options)
+    # Every reading of every tensor moves it, evenly over the values.
+    steps = np.diff(sorted({share for share in heard if 0.1 <= share <= 0.85 + 1e-9}))
+    assert steps.size == 4 * passes
+    assert steps.max() == pytest.approx(0.75 * 1600 / 5760 / passes)
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
     assert 0 < heard[0] < 0.5
@@ -270,3 +277,14 @@ def test_decompressing_tells_how_far_it_is(adapter, tmp_path):
     total = 2 * (8 * 200 + 160 * 8) + 5 * 300
     # The head is float32, and wide dtypes come first in a file.
     assert heard == pytest.approx(np.cumsum([1500, 1600, 1280, 1600, 1280]) / total)
+
+
+def test_bases_can_be_read_by_a_function(tmp_path):
+    rng = np.random.default_rng(2)
+    base = rng.normal(size=(40, 30)).astype(np.float32)
+    tuned = base + np.float32(0.01) * rng.normal(size=(40, 30)).astype(np.float32)
+    (tmp_path / "x").write_bytes(compeft.encode({"w": tuned}, {}, initial={"w": lambda: base}))
+    decompress(tmp_path / "x", tmp_path / "out", initial=lambda name: {"w": base}[name])
+    got = load_file(tmp_path / "out" / "adapter_model.safetensors")["w"]
+    np.testing.assert_array_equal(got, compeft.decode((tmp_path / "x").read_bytes(), initial=lambda _: base)["w"])
+    assert np.count_nonzero(got != base) == 240
