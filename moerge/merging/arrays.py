@@ -9,8 +9,9 @@ import numpy as np
 from moerge import merging
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import engine, factors
-from moerge.merging.base import nearest
+from moerge.merging.base import Parameters, Spec, nearest
 from moerge.merging.engine import Settings
+from moerge.merging.exclusive import Kept, Split
 from moerge.merging.sources import Delta, Given, Source
 from moerge.merging.statistics import Statistics
 
@@ -36,6 +37,55 @@ def merge(
     `statistics` are, per expert, what a method of group 2 needs: kind -> tensor name -> values, as
     moerge.merging.statistics tells. Raises RecipeInvalid and ExpertsIncompatible.
     """
+    spec, sources, checked = _parsed(
+        method, experts, weights=weights, parameters=parameters, digests=digests, statistics=statistics
+    )
+    merged = dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
+    if rank is None:
+        return merged
+    with engine.one_blas_thread():
+        return {
+            name: factors.fit(delta, rank, name=name).factors if len(delta.shape) == 2 else delta
+            for name, delta in merged.items()
+        }
+
+
+def split(
+    method: str,
+    experts: Sequence[Mapping[str, Given]],
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    digests: Sequence[str] | None = None,
+    settings: Settings | None = None,
+) -> Split:
+    """The shared part and the exclusive parts of experts, by a method that has them; `exclusive.apply` puts them back.
+
+    Raises RecipeInvalid and ExpertsIncompatible.
+    """
+    spec, sources, checked = _parsed(
+        method, experts, weights=None, parameters=parameters, digests=digests, statistics=None
+    )
+    order = sorted(range(len(sources)), key=lambda place: sources[place].digest)
+    found = engine.split(spec, [sources[place] for place in order], checked, settings=settings)
+    places = {place: position for position, place in enumerate(order)}
+
+    def exclusive(name: str, expert: int) -> Kept:
+        with engine.one_blas_thread():
+            return found.exclusive(name, places[expert])
+
+    return Split(found.names, found.shared, exclusive)
+
+
+def _parsed(
+    method: str,
+    experts: Sequence[Mapping[str, Given]],
+    *,
+    weights: Sequence[float] | None,
+    parameters: Mapping[str, Any] | None,
+    digests: Sequence[str] | None,
+    statistics: Sequence[Statistics] | None,
+) -> tuple[Spec, list[Source], Parameters]:
+    """What was asked for, checked."""
     spec = merging.catalogue().get(method)
     if spec is None:
         raise RecipeInvalid(
@@ -64,14 +114,7 @@ def merge(
         Source(name, weight, tensors, statistics=found)
         for name, weight, tensors, found in zip(digests, weights, experts, known, strict=True)
     ]
-    merged = dict(engine.merge(spec, sources, checked, seed=seed, settings=settings))
-    if rank is None:
-        return merged
-    with engine.one_blas_thread():
-        return {
-            name: factors.fit(delta, rank, name=name).factors if len(delta.shape) == 2 else delta
-            for name, delta in merged.items()
-        }
+    return spec, sources, checked
 
 
 def _check_finite(expert: str, tensors: Mapping[str, Given]) -> None:

@@ -15,9 +15,10 @@ import numpy.typing as npt
 import threadpoolctl
 
 from moerge import table
-from moerge.errors import ExpertsIncompatible
+from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import factors, methods, statistics
 from moerge.merging.base import Parameters, Spec
+from moerge.merging.exclusive import Split
 from moerge.merging.sources import Block, Delta, Factors, Source, Stream, Watch, delta_dtype
 
 Array = npt.NDArray[Any]
@@ -99,7 +100,33 @@ def merge(
 
     Raises ExpertsIncompatible when experts disagree about a shape or have nothing to merge.
     """
-    settings = settings or Settings()
+    stream = _stream(spec, sources, parameters, seed=seed, settings=settings or Settings())
+    method: Any = _methods()[spec.name]
+    with one_blas_thread():
+        yield from _by_form(spec, method, stream, parameters)
+
+
+def split(spec: Spec, sources: Sequence[Source], parameters: Parameters, *, settings: Settings | None = None) -> Split:
+    """The shared and the exclusive parts, in the order of `sources`.
+
+    Raises RecipeInvalid when the method has none, and ExpertsIncompatible as `merge` does.
+    """
+    known = [name for name, method in _methods().items() if hasattr(method, "split")]
+    if spec.name not in known:
+        raise RecipeInvalid(
+            f"{spec.name} makes no exclusive parts.",
+            pointer="/method",
+            met=spec.name,
+            wanted="one of " + ", ".join(known),
+            remedy="Use a method that has a shared part and exclusive ones.",
+        )
+    stream = _stream(spec, sources, parameters, seed=0, settings=settings or Settings())
+    with one_blas_thread():
+        return cast("Split", _methods()[spec.name].split(stream, parameters))
+
+
+def _stream(spec: Spec, sources: Sequence[Source], parameters: Parameters, *, seed: int, settings: Settings) -> Stream:
+    """The experts in canonical order, checked."""
     if not sources:
         raise ExpertsIncompatible(
             "There are no experts to merge.", pointer="/experts", met=0, wanted="at least 1", remedy="Name an expert."
@@ -115,9 +142,7 @@ def merge(
     )
     _check(stream)
     statistics.check(spec, stream.sources)
-    method: Any = _methods()[spec.name]
-    with one_blas_thread():
-        yield from _by_form(spec, method, stream, parameters)
+    return stream
 
 
 def one_blas_thread() -> AbstractContextManager[Any]:

@@ -367,7 +367,7 @@ def twin_merging(params):
     return "twin_merging", {
         "compress": params["compress"],
         # The reference floors in binary, where 1 - 0.8 falls short of 0.2 and one value less is kept.
-        "density": 1 - params["mask_rate"] - 1e-7,
+        "density": 1 - params["mask_rate"] - (1e-7 if params["compress"] == "magnitude" else 0),
         "scale": float(params["shared"].split()[-1]),
     }
 

@@ -101,6 +101,10 @@ class _Aligned(Mapping[str, Delta]):
     def __len__(self) -> int:
         return len(self._source.tensors)
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor to see whether it is there.
+        return name in self._source.tensors
+
 
 def _projected(stream: Stream, name: str) -> tuple[list[Float64 | None], int]:
     """What stands left of each expert's A, U^T B_t, or of its dense delta, U^T; and the rank of the common basis.

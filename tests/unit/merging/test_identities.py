@@ -31,6 +31,7 @@ EVERYTHING = {
     "magmax": {},
     "magnitude_prune": {"density": 1.0},
     "mats": {},
+    "mediator": {},
     "opcm": {},
     "regmean": {},
     "sce": {},
@@ -38,10 +39,11 @@ EVERYTHING = {
     "task_arithmetic": {},
     "ties": {"density": 1.0},
     "tsv_m": {},
+    "twin_merging": {"density": 1.0},
 }
 # A single expert is changed by these on purpose: values made equal, drowned, balanced, or voted away. AdaMerging
 # has a coefficient of its own.
-NO_IDENTITY = {"adamerging", "consensus_ta", "iso_c", "iso_cts", "pcb", "sce"}
+NO_IDENTITY = {"adamerging", "consensus_ta", "iso_c", "iso_cts", "one_bit", "pcb", "sce"}
 
 
 def merge(method, experts, weights=None, *, seed=0, digests=None, statistics=None, **parameters):

@@ -191,8 +191,8 @@ def test_a_singular_sum_of_gram_matrices_gets_a_small_ridge_and_an_indefinite_on
     np.testing.assert_allclose(found @ vector, builders.delta_of(expert["q"]) @ vector, rtol=1e-3)
     with pytest.raises(ExpertsIncompatible, match="q is not positive definite"):
         merge("regmean", [expert, expert], weights=[1.0, -2.0], statistics=known * 2)
+    other = [known[0], {"gram_in": {"q": np.eye(20)}}]
     with pytest.raises(ExpertsIncompatible, match="q is not positive definite"):
-        other = [known[0], {"gram_in": {"q": np.eye(20)}}]
         merge("mats", builders.low_rank(2, names=("q",)), weights=[1.0, -2.0], statistics=other)
 
 
