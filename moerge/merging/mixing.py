@@ -22,6 +22,8 @@ Float64 = npt.NDArray[np.float64]
 _STEP = 1 << 16
 # Below this share of what they could be, directions that were added up have cancelled.
 _CANCELLED = 1e-6
+# A cosine in float64 says no more of smaller angles, whose sine would divide.
+_PARALLEL = 1e-6
 # Coefficients that leave a single delta as it is.
 ONE = np.ones(1)
 
@@ -124,7 +126,7 @@ def between(inner: Float64, share: float, *, parallel: float) -> Float64:
     is_zero = sizes.min(axis=0) <= 1e-8 * sizes.max(axis=0)
     cosine: Float64 = np.clip(inner[0, 1] / np.where(is_zero, 1.0, sizes[0] * sizes[1]), -1.0, 1.0)
     angle: Float64 = np.arccos(cosine)
-    is_line = is_zero | (np.abs(cosine) > parallel) | (np.sin(angle) < 1e-8)
+    is_line = is_zero | (np.abs(cosine) > parallel) | (np.sin(angle) < _PARALLEL)
     sine: Float64 = np.where(is_line, 1.0, np.sin(angle))
     return np.stack(
         [

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moerge import merging
-from moerge.merging import arrays
+from moerge.merging import arrays, kinship
 from moerge.merging.methods import adamerging, della, lorahub
 from moerge.merging.sources import Factors
 from moerge.tensors.adapters import LowRank
@@ -26,6 +26,9 @@ def items(case):
 
 def test_the_reference_is_matched(golden, variant, request):
     case, params = golden.case, golden.case["params"]
+    if case["method"] == "kinship":
+        check_kinship(case, load_file(golden.folder / case["file"]), dtype=variant)
+        return
     translate = TRANSLATIONS.get(case["method"])
     method, parameters = translate(params) if translate else (case["method"], None)
     if parameters is None or method not in merging.catalogue():
@@ -58,6 +61,17 @@ def test_the_reference_is_matched(golden, variant, request):
     for name, values in wanted.items():
         assert merged[name].dtype == variant
         assert_close(merged[name], values, case["tolerance"], name)
+
+
+def check_kinship(case, stored, *, dtype):
+    """Each pair's figures; the reference loses the sign of the cosine."""
+    found = kinship.measure(read_experts(stored, case["experts"], dtype=dtype))
+    figures = {"pcc": found.pearson, "cs": np.abs(found.cosine), "ed": found.distance}
+    wanted = {name.removeprefix("out/"): values for name, values in stored.items() if name.startswith("out/")}
+    assert len(wanted) == len(figures) * case["experts"] * (case["experts"] - 1) / 2
+    for name, values in wanted.items():
+        metric, one, other = name.split(".")
+        assert_close(figures[metric][int(one), int(other)].reshape(1), values, case["tolerance"], name)
 
 
 def check_objective(wanted, stored, tolerance):

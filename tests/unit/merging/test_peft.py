@@ -128,3 +128,35 @@ def test_peft_itself_merges_to_the_same_delta(tmp_path, method, parameters, comb
         if hasattr(module, "get_delta_weight"):
             U, S, Vt = np.linalg.svd(module.get_delta_weight("merged").detach().numpy().astype(np.float64))
             np.testing.assert_allclose(found[name], (U[:, :rank] * S[:rank]) @ Vt[:rank], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "embedding", "convolution", "transposed"])
+@pytest.mark.parametrize(
+    ("method", "parameters", "combination"),
+    [
+        ("peft_linear", {}, "linear"),
+        ("peft_ties", {"density": 0.4}, "ties"),
+        ("peft_ties", {"density": 0.6, "elect": "frequency"}, "ties"),
+        ("peft_magnitude_prune", {"density": 0.4}, "magnitude_prune"),
+        ("peft_dare_linear", {"density": 1.0}, "dare_linear"),
+        ("peft_dare_ties", {"density": 1.0}, "dare_ties"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
+def test_peft_itself_merges_factors_apart_to_the_same_delta(tmp_path, kind, method, parameters, combination):
+    weights = [0.7, -0.9]
+    (model, first), (_, second) = (trained(tmp_path / f"e{i}", kind, seed=i) for i in range(2))
+    model.load_adapter(tmp_path / "e1", "other")
+    options = {"combination_type": combination, "density": parameters.get("density")}
+    options |= {"majority_sign_method": parameters["elect"]} if "elect" in parameters else {}
+    model.add_weighted_adapter(["default", "other"], weights, "merged", **options)
+    merged = merge(tmp_path / "out", [first, second], weights, method, parameters)
+    found = {
+        name: module for name, module in merged.base_model.model.named_modules() if hasattr(module, "get_delta_weight")
+    }
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            wanted = module.get_delta_weight("merged").detach().numpy()
+            np.testing.assert_allclose(found.pop(name).get_delta_weight("default").detach().numpy(), wanted, atol=1e-5)
+            assert np.abs(wanted).max() > 1e-3
+    assert not found
