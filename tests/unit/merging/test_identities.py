@@ -28,6 +28,7 @@ EVERYTHING = {
     "fisher": {},
     "knots": {},
     "linear": {},
+    "lora_lego": {},
     "magmax": {},
     "magnitude_prune": {"density": 1.0},
     "mats": {},
@@ -126,6 +127,66 @@ def test_knots_keeps_small_deltas_and_directions_and_stays_low_rank():
     )
     merged = arrays.merge("knots", experts, parameters={"density": 0.5})
     assert all(found.rank == 9 for found in merged.values())
+
+
+PLAIN_UNITS = {"restore_norm": False, "restore_variance": False}
+
+
+def test_lora_lego_with_a_unit_of_its_own_for_each_is_cat():
+    experts, weights = builders.low_rank(3), [0.5, 1.0, -0.25]
+    for more in (9, 20):
+        found = merge("lora_lego", experts, weights, units=more, **PLAIN_UNITS)
+        assert_same(found, merge("cat", experts, weights), rtol=1e-4, atol=1e-5)
+
+
+def test_lora_lego_does_not_see_the_order_of_units_their_gauge_or_units_of_zero():
+    rng = np.random.default_rng(4)
+    experts, weights = builders.low_rank(3, dtype=np.float64), [0.5, 1.0, -0.25]
+    other = []
+    for expert in experts:
+        other.append({})
+        for name, found in expert.items():
+            order, gauge = rng.permutation(found.rank), rng.normal(size=found.rank)
+            A, B = (found.A / gauge[:, None])[order], (found.B * gauge)[:, order]
+            other[-1][name] = LowRank(np.vstack([A, A[:1]]), np.hstack([B, 0 * B[:, :1]]), found.scaling)
+    for parameters in ({}, {"units": 2}, {"units": 3, **PLAIN_UNITS}):
+        wanted = merge("lora_lego", experts, weights, **parameters)
+        assert_same(merge("lora_lego", other, weights, **parameters), wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_lora_lego_finds_the_best_clusters_of_a_few_points():
+    from itertools import product
+
+    from moerge.merging.methods import lora_lego
+
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        points = rng.normal(size=(7, 3))
+
+        def cost(labels, points=points):
+            groups = [points[np.equal(labels, label)] for label in set(labels)]
+            return sum(((group - group.mean(axis=0)) ** 2).sum() for group in groups)
+
+        found = cost(tuple(lora_lego.clusters(points @ points.T, 3).tolist()))
+        assert found <= 1.02 * min(cost(labels) for labels in product(range(3), repeat=7) if len(set(labels)) == 3)
+
+
+def test_lora_lego_puts_copies_of_a_unit_into_one_cluster():
+    (expert,) = builders.low_rank(1)
+    found = merge("lora_lego", [expert] * 3, digests=list("abc"))
+    assert_same(found, dense_of(expert), rtol=1e-4, atol=1e-5)
+    noisy = [{n: LowRank(f.A * (1 + i * 1e-3), f.B, f.scaling) for n, f in expert.items()} for i in range(3)]
+    assert_same(merge("lora_lego", noisy), dense_of(expert), rtol=1e-2, atol=1e-2)
+
+
+def test_lora_lego_restores_lengths_and_variance_by_what_averaging_took():
+    experts = builders.low_rank(3)
+    plain = merge("lora_lego", experts, units=2, **PLAIN_UNITS)
+    louder = merge("lora_lego", experts, units=2, restore_norm=False)
+    # The experts have 3, 2 and 4 units, 3 on average.
+    assert_same(louder, {name: np.sqrt(3 / 2) * found for name, found in plain.items()}, rtol=1e-4, atol=1e-5)
+    longer = merge("lora_lego", experts, units=2, restore_variance=False)
+    assert all(np.linalg.norm(longer[name]) > 1.1 * np.linalg.norm(plain[name]) for name in plain)
 
 
 def test_dare_that_drops_nothing_is_linear():
