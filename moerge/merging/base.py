@@ -27,9 +27,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
 from moerge.errors import RecipeInvalid
+from moerge.merging import layers
 
 Form = Literal["element-wise", "core", "factor", "ordered", "whole"]
-Kind = Literal["number", "integer", "choice", "flag"]
+Kind = Literal["number", "integer", "choice", "flag", "layers"]
 RankRule = Literal["all", "sum", "largest", "dense"]
 Value = float | int | str | bool | None
 
@@ -59,6 +60,8 @@ class Parameter:
             phrase = "true or false"
         elif self.kind == "choice":
             phrase = "one of " + ", ".join(self.choices)
+        elif self.kind == "layers":
+            phrase = f'a map of layers such as "{layers.EXAMPLE}"'
         else:
             bounds = []
             if self.minimum is not None:
@@ -87,6 +90,9 @@ class Parameter:
             return value if isinstance(value, bool) else None
         if self.kind == "choice":
             return value if isinstance(value, str) and value in self.choices else None
+        if self.kind == "layers":
+            found = layers.parse(value) if isinstance(value, str) else None
+            return None if found is None else str(found)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
         if self.kind == "integer":
@@ -144,6 +150,11 @@ def choice(name: str, choices: Sequence[str], *, default: str | None, help: str)
 def flag(name: str, *, default: bool, help: str) -> Parameter:  # noqa: A002
     """A parameter that is true or false."""
     return Parameter(name=name, kind="flag", default=default, help=help)
+
+
+def layer_map(name: str, *, default: str, help: str) -> Parameter:  # noqa: A002
+    """A parameter that says which expert each layer comes from, as moerge.merging.layers reads it."""
+    return Parameter(name=name, kind="layers", default=default, help=help)
 
 
 def density(*, default: float = 0.2) -> Parameter:
@@ -282,6 +293,7 @@ class Spec:
                 wanted=f"at most {self.most_experts} experts",
                 remedy="Leave experts out, or choose a method for any number of them.",
             )
+        self._check_layers(len(weights), parameters)
         for position, weight in enumerate(weights):
             if not math.isfinite(weight):
                 raise RecipeInvalid(
@@ -302,6 +314,19 @@ class Spec:
                 if "normalize" in parameters
                 else "Change the weights.",
             )
+
+    def _check_layers(self, count: int, parameters: Parameters) -> None:
+        """Raise RecipeInvalid when a map of layers names an expert that is not there."""
+        for item in self.parameters:
+            found = layers.parse(parameters[item.name]) if item.kind == "layers" else None  # type: ignore[arg-type]
+            if found is not None and count and found.experts_needed > count:
+                raise RecipeInvalid(
+                    f"Parameter {item.name} names expert {found.experts_needed - 1}, and here are {count}.",
+                    pointer=f"/parameters/{item.name}",
+                    met=found.experts_needed - 1,
+                    wanted=f"positions from 0 to {count - 1}",
+                    remedy="Correct the map, or add the expert to the recipe.",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """This card as JSON values; `from_dict` reads it back."""
