@@ -212,6 +212,9 @@ def test_della_without_a_window_is_dare_bit_for_bit():
         ("fisher", {}),
         ("regmean", {}),
         ("mats", {}),
+        ("multislerp", {}),
+        ("karcher", {}),
+        ("lm_cocktail", {}),
     ],
 )
 def test_naming_every_expert_twice_changes_nothing(method, parameters):

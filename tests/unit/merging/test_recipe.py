@@ -90,6 +90,36 @@ def test_an_ordered_method_keeps_the_order_of_its_experts():
     assert forth.digest != back.digest
 
 
+@pytest.mark.parametrize("method", ["slerp", "layer_swapping"])
+def test_who_is_first_stays_first_where_positions_have_a_meaning(method):
+    found = recipe.parse({"method": method, "experts": [expert("b", 1), expert("a", 1)]})
+    assert [item.expert for item in found.experts] == ["acme/b", "acme/a"]
+
+
+def test_two_texts_of_one_map_of_layers_are_one_recipe():
+    texts = ["2-3,0 = 1; 1=0*1", "0=1;1=0;2-3=1;other=average", "2-3,0=1; 1=average"]
+    one, other, third = (
+        recipe.parse(body(method="layer_swapping", parameters={"layers": text})).digest for text in texts
+    )
+    assert one == other != third
+
+
+def test_more_experts_than_a_method_takes_and_positions_that_nobody_has_are_refused():
+    three = [expert(letter, 1) for letter in "abc"]
+    for method in ("slerp", "nuslerp"):
+        assert refused({"method": method, "experts": three}).pointer == "/experts"
+        assert len(recipe.parse({"method": method, "experts": three[:2]}).experts) == 2
+    swapped = {"method": "layer_swapping", "experts": three, "parameters": {"layers": "0=2; other=3"}}
+    assert refused(swapped).pointer == "/parameters/layers"
+    recipe.parse({**swapped, "parameters": {"layers": "0=2"}})
+
+
+def test_weights_that_cancel_are_refused_by_methods_that_always_divide():
+    for method in ("slerp", "nuslerp", "karcher", "layer_swapping"):
+        found = refused({"method": method, "experts": [expert("a", 1), expert("b", -1)]})
+        assert (found.pointer, found.remedy) == ("/experts", "Change the weights.")
+
+
 def test_equal_numbers_are_equal_recipes():
     one = recipe.parse(body(parameters={"density": 1, "scale": 1}, experts=[expert("a", 1), expert("b", -0.0)]))
     other = recipe.parse(body(parameters={"density": 1.0}, experts=[expert("a", 1.0), expert("b", 0)]))

@@ -95,6 +95,18 @@ def test_each_line_of_nuslerp_is_a_slerp_of_its_own(scope):
         np.testing.assert_allclose(row, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [("slerp", {}), ("nuslerp", {}), ("nuslerp", {"scope": "row"}), ("nuslerp", {"scope": "column"}), ("karcher", {})],
+)
+def test_an_expert_with_factors_and_one_without_merge_as_two_without(method, parameters):
+    first, second = builders.low_rank(2)
+    dense = {name: found.astype(np.float32) for name, found in dense_of(second).items()}
+    mixed = merge(method, [first, dense], [1.0, 3.0], **parameters)
+    for name, found in dense_of(merge(method, [first, second], [1.0, 3.0], **parameters)).items():
+        np.testing.assert_allclose(mixed[name], found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
 def test_directions_that_cancel_are_refused_by_name_and_opposite_ones_that_do_not_are_taken(method):
     delta = np.array([3.0, -4.0])
