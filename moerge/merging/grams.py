@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moerge.errors import ExpertsIncompatible
 from moerge.merging.statistics import Gram
 
+Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
 # Share of the mean diagonal that is added where a sum of Gram matrices cannot be factorised.
@@ -21,32 +22,36 @@ RIDGE = 1e-6
 # Pivots below this share of the mean diagonal are rounding, not curvature.
 _SMALLEST_PIVOT = 1e-13
 _PANEL = 128
+_COLUMNS = 512
 
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """sum_t w_t G~_t: a dense matrix, or `vectors.T diag(values) vectors + diag(diagonal)` where dense is None."""
+    """sum_t w_t G~_t: a dense matrix, or `vectors.T vectors + diag(diagonal)`, vectors (k, d), where dense is None."""
 
     diagonal: Float64
-    vectors: Float64
-    values: Float64
+    vectors: Array
     dense: Float64 | None
 
     def times(self, rows: Float64) -> Float64:
         """rows @ total, (r, d) -> (r, d)."""
         if self.dense is not None:
             return np.asarray(rows @ self.dense)
-        return np.asarray(((rows @ self.vectors.T) * self.values) @ self.vectors + rows * self.diagonal)
+        few = rows.astype(self.vectors.dtype, copy=False) @ self.vectors.T
+        return np.asarray(few @ self.vectors + rows * self.diagonal)
 
     def solve(self, rows: Float64, *, name: str) -> Float64:
         """rows @ total^-1, (r, d) -> (r, d). Raises ExpertsIncompatible when no small ridge makes it positive."""
-        if self.dense is None:
-            scaled = rows / self.diagonal
-            U = self.vectors * np.sqrt(self.values)[:, None]
-            L = np.asarray(np.linalg.cholesky(np.eye(len(U)) + (U / self.diagonal) @ U.T), dtype=np.float64)
-            taken: Float64 = _solve_factored(L, np.asarray(U @ scaled.T)).T @ U / self.diagonal
-            return np.asarray(scaled - taken)
-        return np.asarray(_solve_factored(_factored(self.dense, name=name), rows.T).T)
+        if self.dense is not None:
+            return np.asarray(_solve_factored(_factored(self.dense, name=name), rows.T).T)
+        inner = np.eye(len(self.vectors))
+        for start in range(0, self.diagonal.size, _COLUMNS):
+            part = self.vectors[:, start : start + _COLUMNS]
+            inner += (part / self.diagonal[start : start + _COLUMNS].astype(part.dtype)) @ part.T
+        scaled = rows / self.diagonal
+        few: Float64 = (self.vectors @ scaled.T.astype(self.vectors.dtype, copy=False)).astype(np.float64)
+        found = _solve_factored(np.asarray(np.linalg.cholesky(inner)), few).T.astype(self.vectors.dtype, copy=False)
+        return np.asarray(scaled - (found @ self.vectors) / self.diagonal)
 
 
 def times(rows: Float64, gram: Any, *, shrink: float) -> Float64:
@@ -55,27 +60,37 @@ def times(rows: Float64, gram: Any, *, shrink: float) -> Float64:
 
 
 def total(grams: Sequence[Any], weights: Sequence[float] | Float64, *, shrink: float) -> Total:
-    """The weighted sum of several experts' Gram matrices with off-diagonals times `shrink`."""
+    """The weighted sum of several experts' Gram matrices with off-diagonals times `shrink`.
+
+    Directions are kept in float32 unless they come in float64.
+    """
     size = grams[0].shape[0]
     few = [gram for gram in grams if isinstance(gram, Gram)]
-    diagonal = np.zeros(size)
     if len(few) == len(grams) and sum(gram.values.size for gram in few) < size:
+        diagonal = np.zeros(size)
         for gram, weight in zip(few, weights, strict=True):
             diagonal += weight * (shrink * gram.rest.astype(np.float64) + (1 - shrink) * gram.diagonal())
-        vectors = np.concatenate([gram.vectors.astype(np.float64) for gram in few])
-        values = np.concatenate(
-            [shrink * weight * gram.values.astype(np.float64) for gram, weight in zip(few, weights, strict=True)]
-        )
-        if (diagonal > 0).all() and (values >= 0).all():
-            return Total(diagonal, vectors, values, None)
+        # Values below zero have no root, and a diagonal of zero no inverse; then the matrix itself is formed.
+        if (diagonal > 0).all() and all(
+            (weight * gram.values >= 0).all() for gram, weight in zip(few, weights, strict=True)
+        ):
+            roots = [
+                np.sqrt(shrink * weight * gram.values.astype(np.float64))
+                for gram, weight in zip(few, weights, strict=True)
+            ]
+            dtype = np.result_type(np.float32, *(gram.vectors.dtype for gram in few))
+            vectors = np.concatenate(
+                [gram.vectors * root[:, None].astype(dtype) for gram, root in zip(few, roots, strict=True)]
+            )
+            return Total(diagonal, vectors, None)
     dense = np.zeros((size, size))
     for gram, weight in zip(grams, weights, strict=True):
-        found = gram.dense() if isinstance(gram, Gram) else gram.astype(np.float64)
-        diagonal = found.diagonal().copy()
-        found = found * (weight * shrink)
-        np.fill_diagonal(found, weight * diagonal)
+        found = gram.dense() if isinstance(gram, Gram) else np.array(gram, dtype=np.float64)
+        own = found.diagonal().copy()
+        found *= weight * shrink
+        np.fill_diagonal(found, weight * own)
         dense += found
-    return Total(dense.diagonal().copy(), np.zeros((0, size)), np.zeros(0), dense)
+    return Total(dense.diagonal().copy(), np.zeros((0, size)), dense)
 
 
 def _factored(matrix: Float64, *, name: str) -> Float64:

@@ -49,7 +49,7 @@ def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]
     whole = exclusive.with_shared(residual, stream, scale=parameters.scale)
     for name in stream.names:
         if _is_coded(name, parameters):
-            scales = [_scale(residual, name, expert)[0] for expert in range(len(residual.sources))]
+            scales = [_scale(residual, name, expert) for expert in range(len(residual.sources))]
             yield name, whole.map_blocks(name, partial(_coded, scales=scales))
         else:
             yield name, exclusive.shared(stream, name, scale=parameters.scale)
@@ -60,11 +60,12 @@ def split(stream: Stream, parameters: Parameters) -> Split:
     residual = exclusive.residuals(stream, scale=parameters.scale)
 
     def one(name: str, expert: int) -> Kept:
-        mean, square = _scale(residual, name, expert)
-        size, dtype = residual.size(name), delta_dtype(stream.sources[expert].read(name))
+        size, dtype = residual.size(name), delta_dtype(residual.sources[expert].read(name))
+        square = sum(float(np.square(part, dtype=np.float64).sum()) for _, part in residual.blocks(name, expert))
         if not _is_coded(name, parameters):
             empty = np.zeros(-(-size // 8), np.uint8)
             return Kept(Signs(residual.shapes[name], empty, 0.0, dtype), math.sqrt(square))
+        mean = _scale(residual, name, expert)
         bits = np.concatenate([values >= 0 for _, values in residual.blocks(name, expert)])
         code = Signs(residual.shapes[name], np.packbits(bits), mean, dtype)
         return Kept(code, math.sqrt(max(0.0, square - size * mean * mean)))
@@ -76,20 +77,18 @@ def _coded(block: Block, scales: list[float]) -> Array:
     """shared + sum_t w_t scale_t sign_t, (experts + 1, values) -> (values,)."""
     merged: Array = block.values[-1].copy()
     for values, weight, size in zip(block.values, block.weights[:-1], scales, strict=False):
-        step = merged.dtype.type(weight * size)
-        merged += np.where(values >= 0, step, -step)
+        # Adding zero makes a zero below zero one above it.
+        signs = np.copysign(merged.dtype.type(size), values + values.dtype.type(0))
+        merged += signs * merged.dtype.type(weight)
     return merged
 
 
-def _scale(residual: Stream, name: str, expert: int) -> tuple[float, float]:
-    """The mean magnitude of one tensor, and the sum of its squares; fsum makes both the same for any size of blocks."""
+def _scale(residual: Stream, name: str, expert: int) -> float:
+    """The mean magnitude of one tensor; fsum makes it the same for any size of blocks."""
     sizes: list[float] = []
-    squares: list[float] = []
     for _, values in residual.blocks(name, expert):
-        rows = np.abs(values.reshape(-1, residual.width(name)).astype(np.float64))
-        sizes += rows.sum(axis=1).tolist()
-        squares += np.square(rows).sum(axis=1).tolist()
-    return math.fsum(sizes) / residual.size(name), math.fsum(squares)
+        sizes += np.abs(values.reshape(-1, residual.width(name))).sum(axis=1, dtype=np.float64).tolist()
+    return math.fsum(sizes) / residual.size(name)
 
 
 def _is_coded(name: str, parameters: Parameters) -> bool:
