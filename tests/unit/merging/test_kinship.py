@@ -13,18 +13,18 @@ from tests.unit.merging.builders import dense_of
 
 
 def test_figures_worked_by_hand():
-    """[3, 4, 0, 0] and [4, -3, 0, 5] over two tensors: means 7/4 and 3/2; two values both change, one is opposed."""
+    """[3, 4, 1, 0] and [4, -3, 2, 5] over two tensors: both means are 2; three values both change, one is opposed."""
     found = kinship.measure(
         [
-            {"a": np.array([3.0, 4.0]), "b": np.array([[0.0, 0.0]])},
-            {"a": np.array([4.0, -3.0]), "b": np.array([[0.0, 5.0]])},
+            {"a": np.array([3.0, 4.0]), "b": np.array([[1.0, 0.0]])},
+            {"a": np.array([4.0, -3.0]), "b": np.array([[2.0, 5.0]])},
         ]
     )
-    assert found.cosine[0, 1] == found.cosine[1, 0] == pytest.approx(0.0)
+    assert found.cosine[0, 1] == found.cosine[1, 0] == pytest.approx(2 / np.sqrt(26 * 54))
     np.testing.assert_allclose(np.diag(found.cosine), 1.0)
-    assert found.distance[0, 1] == pytest.approx(np.sqrt(1 + 49 + 25))
-    assert found.pearson[0, 1] == pytest.approx(-10.5 / np.sqrt((25 - 12.25) * (50 - 9)))
-    assert found.conflict[0, 1] == found.conflict[1, 0] == 0.5
+    assert found.distance[0, 1] == pytest.approx(np.sqrt(1 + 49 + 1 + 25))
+    assert found.pearson[0, 1] == pytest.approx((2 - 16) / np.sqrt((26 - 16) * (54 - 16)))
+    assert found.conflict[0, 1] == found.conflict[1, 0] == pytest.approx(1 / 3)
     assert found.conflict[0, 0] == 0.0
 
 
