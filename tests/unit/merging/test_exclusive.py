@@ -5,6 +5,7 @@ import pytest
 
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import arrays, exclusive
+from moerge.merging.engine import Settings
 from moerge.merging.sources import Factors
 from tests.unit.merging import builders
 from tests.unit.merging.builders import LETTERS, delta_of, dense_of
@@ -78,6 +79,19 @@ def test_twin_merging_keeps_a_share_of_the_values_or_of_the_directions():
     assert found.error == pytest.approx(np.linalg.norm(sizes[5:]), rel=1e-4)
 
 
+def test_parts_of_a_matrix_of_several_blocks_are_those_of_one():
+    experts = builders.low_rank(2, shape=(300, 512), names=("w",))
+    for method in ("twin_merging", "one_bit"):
+        small, large = (
+            arrays.split(method, experts, digests="ab", settings=Settings(block_values=size)).exclusive("w", 1)
+            for size in (1, 1 << 22)
+        )
+        np.testing.assert_array_equal(small.part.delta(), large.part.delta())
+        assert small.error == pytest.approx(large.error, rel=1e-9)
+        left = delta_of(experts[1]["w"]) - 0.3 * sum(delta_of(expert["w"]) for expert in experts)
+        assert np.linalg.norm(left - small.part.delta()) == pytest.approx(small.error, rel=1e-4)
+
+
 def test_twin_merging_by_directions_stays_low_rank():
     merged = arrays.merge("twin_merging", EXPERTS["low rank"], parameters={"compress": "svd", "directions": 2})
     assert all(found.rank == 9 for found in merged.values())
@@ -96,6 +110,7 @@ def test_a_sign_code_takes_one_bit_per_value():
         ("model.layers.0.self_attn.q_proj", "attention"), ("model.layers.0.mlp.gate_proj", "mlp"),
         ("encoder.layer.1.attention.output.dense", "attention"), ("encoder.layer.1.intermediate.dense", "mlp"),
         ("transformer.h.3.attn.c_attn", "attention"), ("transformer.h.3.mlp.c_proj", "mlp"), ("lm_head", None),
+        ("attention_tower.0.mlp.fc1", "mlp"), ("mlp_mixer.0.attn.proj", "attention"),
     ],
 )  # fmt: skip
 def test_one_bit_knows_attention_and_feed_forward_modules_by_name(name, kind):

@@ -118,6 +118,15 @@ def test_knots_that_adds_up_is_task_arithmetic_and_that_of_the_same_drops_is_not
     assert all(np.abs(dropped[name] - wanted[name]).max() > 1e-4 for name in wanted)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_knots_gives_votes_that_cancel_to_plus_whatever_sign_the_svd_returns(sign):
+    """Coordinates [1, -2] and [-1, 2] cancel; plus is elected, and 1 and 2 agree with it."""
+    dense = [{"w": sign * np.array([[1.0, -2.0]])}, {"w": -sign * np.array([[1.0, -2.0]])}]
+    low = [{"w": LowRank(found["w"], np.array([[1.0]]), 1.0)} for found in dense]
+    for experts in (dense, low):
+        assert_same(merge("knots", experts), {"w": np.array([[1.0, 2.0]])})
+
+
 def test_knots_keeps_small_deltas_and_directions_and_stays_low_rank():
     experts = builders.low_rank(3, dtype=np.float64)
     small = [{n: LowRank(f.A, f.B * 1e-9, f.scaling) for n, f in expert.items()} for expert in experts]
@@ -170,6 +179,20 @@ def test_lora_lego_finds_the_best_clusters_of_a_few_points():
 
         found = cost(tuple(lora_lego.clusters(points @ points.T, 3).tolist()))
         assert found <= 1.02 * min(cost(labels) for labels in product(range(3), repeat=7) if len(set(labels)) == 3)
+
+
+def test_lora_lego_leaves_no_unit_nearer_to_another_cluster_and_sees_no_order_among_many():
+    from moerge.merging.methods import lora_lego
+
+    rng = np.random.default_rng(1)
+    points = rng.normal(size=(60, 5))
+    labels = lora_lego.clusters(points @ points.T, 7)
+    means = np.stack([points[labels == label].mean(axis=0) for label in range(7)])
+    np.testing.assert_array_equal(((points[:, None] - means) ** 2).sum(axis=2).argmin(axis=1), labels)
+    experts = builders.low_rank(3, ranks=(16,), dtype=np.float64)
+    order = rng.permutation(16)
+    other = [{n: LowRank(f.A[order], f.B[:, order], f.scaling) for n, f in expert.items()} for expert in experts]
+    assert_same(merge("lora_lego", other, units=7), merge("lora_lego", experts, units=7), rtol=1e-8, atol=1e-10)
 
 
 def test_lora_lego_puts_copies_of_a_unit_into_one_cluster():
