@@ -54,12 +54,13 @@ def _write_merge_methods(path: Path) -> None:
         "share of values kept. Methods work on deltas (scaling times B times A); only those called `peft_` merge A and",
         "B apart from each other, as PEFT does, and are here for comparison.",
         "",
-        "What a method needs beside the deltas is handed to the library by kind and tensor; a recipe whose experts name",
-        "no such statistics is refused before anything is computed. `fisher_diag` is the mean squared gradient per value",
-        "of a delta, `gram_in` and `gram_out` are the Gram matrices of what a module reads and of the gradients at what",
-        "it writes. Twin-Merging, 1bit-Merging and Mediator make a shared part and one exclusive part per expert, which",
-        "`moerge.merging.arrays.split` gives with the error of each and `moerge.merging.exclusive.apply` puts together;",
-        "in a recipe the weights say how much of each exclusive part is added.",
+        "What a method needs beside the deltas is handed to the library by kind and tensor; a recipe whose experts",
+        "name no such statistics is refused before anything is computed. `fisher_diag` is the mean squared gradient",
+        "per value of a delta, `gram_in` and `gram_out` are the Gram matrices of what a module reads and of the",
+        "gradients at what it writes. Twin-Merging, 1bit-Merging and Mediator make a shared part and one exclusive",
+        "part per expert, which `moerge.merging.arrays.split` gives with the error of each and",
+        "`moerge.merging.exclusive.apply` puts together; in a recipe the weights say how much of each exclusive",
+        "part is added.",
     ]
     for name, spec in merging.catalogue().items():
         lines += ["", f"## {name}", "", f"{spec.summary} {spec.paper}".strip(), ""]
