@@ -1,6 +1,7 @@
 """Methods that need more than deltas: what they need, what they refuse, and that compact statistics are the dense ones."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -146,6 +147,33 @@ def test_mats_on_inputs_ends_where_regmean_is_and_stays_in_the_span_of_the_exper
         assert np.linalg.norm(found.delta() - wanted[name]) < 1e-3 * np.linalg.norm(wanted[name])
     early = merge("mats", experts, weights=weights, statistics=known, parameters={"iterations": 1})
     assert np.linalg.norm(early["q"] - wanted["q"]) > 1e-2 * np.linalg.norm(wanted["q"])
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("regmean", {}),
+        ("mats", {}),
+        ("knots", {"density": 0.3}),
+        ("lora_lego", {}),
+        ("twin_merging", {"compress": "svd"}),
+    ],
+)
+def test_where_the_result_is_low_rank_no_dense_matrix_is_formed(method, parameters):
+    """A dense delta of 1536 x 1536 takes 9 MiB in float32, and so would a Gram matrix."""
+    experts = builders.low_rank(4, shape=(1536, 1536), names=("q",))
+    rng = np.random.default_rng(0)
+    known = [
+        {"gram_in": {"q": Gram(rng.normal(size=(4, 1536)), rng.random(4) + 0.5, rng.random(1536) + 0.1)}}
+        for _ in experts
+    ]
+    given = {"statistics": known} if merging.catalogue()[method].needs else {}
+    tracemalloc.start()
+    merged = arrays.merge(method, experts, parameters=parameters, **given)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 << 20
+    assert merged["q"].rank <= 12
 
 
 def test_mats_on_inputs_and_outputs_solves_its_normal_equations():
