@@ -240,6 +240,7 @@ REFUSALS = {
     "an unknown base": ({"base_model": "nobody/knows"}, 422, "/base_model", "nobody/knows"),
     "a rank of nothing": ({"output": {"rank": 0}}, 422, "/output/rank", "0"),
     "a merge as a parent": ({"experts": [{"expert": "merges/abc", "weight": 1}]}, 422, "/experts/0/expert", "merges/abc"),
+    "statistics that no expert has": ({"method": "fisher", "parameters": {}}, 409, "/experts/0/statistics", "nothing"),
     "no such revision": ({"experts": [{"expert": "ann/first", "revision": "dev", "weight": 1}]}, 404, None, None),
 }  # fmt: skip
 
