@@ -52,7 +52,8 @@ def builder(request: HttpRequest) -> HttpResponse:
             for row in rows[:SHOWN_AT_ONCE]
             if row.expert
         ],
-        "methods": Method.objects.filter(family=Method.Family.MERGE),
+        # Statistics and losses cannot be given here, so what needs them is left out.
+        "methods": Method.objects.filter(family=Method.Family.MERGE, spec__needs=[]),
         "method": source.get("method", "linear"),
         "values": source,
         "error": error,

@@ -102,6 +102,10 @@ def test_the_merge_form_registers_a_recipe_and_explains_a_wrong_one(ann, browser
         "weight:ann/one": "0.7",
         "weight:ann/two": "-0.3",
     }
+    offered = text(browser.get("/merge?expert=ann/one"))
+    assert 'value="knots"' in offered
+    # Fisher merging needs statistics, which the form cannot take.
+    assert 'value="fisher"' not in offered
     wrong = browser.post("/merge", {**form, "parameter:ties:density": "1.5"})
     assert wrong.status_code == 422
     for part in ("/parameters/density", "1.5", "more than 0 and at most 1"):
