@@ -1,7 +1,6 @@
 """Outcomes on disk, so that a run that was stopped goes on where it was."""
 
 import hashlib
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,5 +29,5 @@ class Cache:
         # Whole or not at all: a run may be stopped at any time.
         part = path.with_name(f".{name}.{secrets.token_hex(4)}.npz")
         np.savez_compressed(part, correct=outcome.correct, nll=outcome.nll)
-        os.replace(part, path)  # noqa: PTH105
+        part.replace(path)
         return outcome

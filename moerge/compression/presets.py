@@ -20,6 +20,8 @@ from moerge.tensors.files import Float32
 
 DEFAULT, PAPER, HQ = "default", "paper", "hq"
 SIGMA = "sigma"
+# The scale rules of each preset, its own one first.
+RULES = {DEFAULT: scales.RULES, PAPER: (SIGMA, published.STC), HQ: (HQ,)}
 # A tensor alone has no product to be unbiased in. Measured (docs/compeft-quality.md): a difference from the base keeps
 # its likelihood by the unbiased scale, a vector of IA3 by its norm; there the unbiased scale overshoots.
 _LONE_RULE, _BASE_RULE = "norm", "unbiased"
@@ -49,8 +51,8 @@ def settings(parameters: Mapping[str, Any]) -> Settings:
     preset, rule = parameters["preset"], parameters["scale_rule"]
     if preset == DEFAULT and rule == HQ:
         preset = HQ
-    rule = rule or {PAPER: SIGMA, HQ: HQ}.get(preset, "unbiased")
-    allowed = {PAPER: (SIGMA, published.STC), HQ: (HQ,)}.get(preset, scales.RULES)
+    allowed = RULES[preset]
+    rule = rule or allowed[0]
     if rule not in allowed:
         raise ParameterInvalid(
             f"The preset {preset} has no scale rule {rule}.", pointer="scale_rule", met=rule,

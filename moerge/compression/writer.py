@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, Self
 
@@ -16,6 +16,8 @@ from moerge.tensors import files
 from moerge.tensors.files import Streamed
 
 _IN_MEMORY_BYTES = 16 * 2**20
+
+WRITER = "moerge 1"
 
 Progress = Callable[[float], None]
 
@@ -34,6 +36,12 @@ class Spool:
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 - see close
         self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._file.close()
@@ -140,3 +148,14 @@ def finish(
     size = sum(files.nbytes(tensor) for tensor in own.values())
     files.dump(stream, own | {f"plain/{name}": tensor for name, tensor in plain.items()}, metadata)
     return Written(size, metadata["planes_sha256"])
+
+
+def shell_bound(
+    claims: Mapping[str, tuple[str, tuple[int, ...]]], rows: Sequence[Sequence[Any]], metadata: Mapping[str, str]
+) -> int:
+    """Bytes that header and manifest never exceed, for tensors of these dtypes and shapes and rows at their longest."""
+    text = len(manifest.pack(rows)[0])
+    # zlib stores what it cannot shrink, at five bytes per 16 KiB and a frame of a few bytes.
+    packed = text + 5 * (text // 16_000 + 1) + 16
+    told = sum(len(f"{key}{value}".encode()) * 2 for key, value in metadata.items())
+    return 4096 + told + packed + sum(2 * len(name.encode()) + 160 + 24 * len(claims[name][1]) for name in claims)

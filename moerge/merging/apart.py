@@ -12,10 +12,17 @@ import numpy.typing as npt
 
 from moerge.errors import ExpertsIncompatible
 from moerge.merging import noise, parts
+from moerge.merging.base import choice
 from moerge.merging.sources import Block, Delta, Factors, LowRank, Stream
 
 Array = npt.NDArray[Any]
 Work = Callable[[Block], Array]
+ELECT = choice(
+    "elect",
+    ["total", "frequency"],
+    default="total",
+    help="The sign of the sum of values, or of the sum of their signs.",
+)
 
 
 def merge(stream: Stream, work: Work, *, weigh: Literal["root", "whole"]) -> Iterator[tuple[str, Delta]]:

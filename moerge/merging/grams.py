@@ -12,11 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from moerge.errors import ExpertsIncompatible
+from moerge.merging.base import choice, number
 from moerge.merging.statistics import Gram
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
+OFF_DIAGONAL = number(
+    "off_diagonal",
+    default=0.9,
+    minimum=0.0,
+    maximum=1.0,
+    help="Factor on the off-diagonal values of every Gram matrix.",
+)
+FALLBACK = choice(
+    "fallback",
+    ["refuse", "mean"],
+    default="refuse",
+    help="What becomes of a matrix for which an expert has no Gram matrix: a refusal, or the mean.",
+)
 # Share of the mean diagonal that is added where a sum of Gram matrices cannot be factorised.
 RIDGE = 1e-6
 # Pivots below this share of the mean diagonal are rounding, not curvature.

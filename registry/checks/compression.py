@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moerge.compression.adapters import INT4
+from moerge.compression.presets import DEFAULT, HQ, PAPER
+from moerge.compression.presets import RULES as TERNARY_RULES
 from moerge.compression.selection import density_for
 from registry.errors import Fault, Invalid, RequestInvalid
 
-DEFAULT, PAPER, HQ, INT4 = "default", "paper", "hq", "int4"
+__all__ = ["DEFAULT", "HQ", "INT4", "PAPER", "RULES", "STANDARD_DENSITIES", "Choice", "Form", "asked", "parse"]
+
 # The scale rules of each preset, its own one first.
-RULES: dict[str, tuple[str, ...]] = {
-    DEFAULT: ("unbiased", "norm", "proj", "geo", "mse"),
-    PAPER: ("sigma", "stc"),
-    HQ: ("hq",),
-    INT4: (),
-}
+RULES: dict[str, tuple[str, ...]] = {**TERNARY_RULES, INT4: ()}
 # What any reader may have made. Everything else is made for who may write to the expert.
 STANDARD_DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5)
 # Shares closer to each other than this are one share, so that the forms of an expert are finitely many.

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from threadpoolctl import threadpool_limits
 
-from moerge.compression import manifest, planes, presets, published, scales, selection
+from moerge.compression import planes, presets, published, scales, selection
 from moerge.compression.arithmetic import NUMPY, Arithmetic
 from moerge.compression.base import Parameter, Spec, Tensors
 from moerge.compression.container import Initial
@@ -21,7 +21,7 @@ from moerge.compression.manifest import Budget
 from moerge.compression.presets import Settings, Ternariser
 from moerge.compression.reader import open_encoded
 from moerge.compression.report import Ledger
-from moerge.compression.writer import Writer, Written
+from moerge.compression.writer import WRITER, Writer, Written, shell_bound
 from moerge.tensors import files
 from moerge.tensors.files import BF16, Array
 from moerge.tensors.header import ITEM_BYTES
@@ -64,7 +64,6 @@ SPEC = Spec(
         ),
     ),
 )
-WRITER = "moerge 1"
 
 
 def settings(parameters: Mapping[str, object]) -> Settings:
@@ -144,10 +143,10 @@ def size_bound(
     wanted = settings(parameters)
     source = Arrays(tensors)
     names = presets.chosen(source, wanted.preset, initial or {})
+    claims = {name: source.claim(name) for name in tensors}
     rows = []
     positions = signs = plain = 0
-    for name in tensors:
-        dtype, shape = source.claim(name)
+    for name, (dtype, shape) in claims.items():
         size = prod(shape)
         if name not in names:
             plain += size * ITEM_BYTES[dtype]
@@ -157,13 +156,8 @@ def size_bound(
         positions += _plane_bound(size, most)
         signs += (most + 7) // 8
         rows.append([name, dtype, list(shape), size, size + size // 255, planes.MASK, "base"])
-    text = len(manifest.pack(sorted(rows))[0])
-    # zlib stores what it cannot shrink, at five bytes per 16 KiB and a frame of a few bytes.
-    packed = text + 5 * (text // 16_000 + 1) + 16
     pieces = -(-positions // planes.PIECE_BYTES)
-    shell = 4096 + sum(len(f"{key}{value}".encode()) * 2 for key, value in (metadata or {}).items())
-    shell += sum(2 * len(name.encode()) + 160 + 24 * len(source.claim(name)[1]) for name in tensors)
-    return shell + packed + 4 * len(rows) + positions + 8 * pieces + signs + plain
+    return shell_bound(claims, sorted(rows), metadata or {}) + 4 * len(rows) + positions + 8 * pieces + signs + plain
 
 
 def _plane_bound(size: int, most: int) -> int:

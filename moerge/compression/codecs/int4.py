@@ -31,7 +31,7 @@ from moerge.compression.rules import refuse
 from moerge.compression.shell import Cursor, Pieces, Shell
 from moerge.compression.source import Source, open_source
 from moerge.compression.ternary import largest, smallest
-from moerge.compression.writer import Spool, Written, deflated, finish
+from moerge.compression.writer import WRITER, Spool, Written, deflated, finish, shell_bound
 from moerge.tensors import files
 from moerge.tensors.files import BF16, Array, Float32
 from moerge.tensors.header import ITEM_BYTES
@@ -95,13 +95,10 @@ def size_bound(
     names = presets.chosen(source, wanted.preset, initial or {})
     claims = {name: source.claim(name) for name in tensors}
     rows = [[name, *claims[name], "base"] for name in names]
-    text = len(manifest.pack(rows)[0])
     codes = sum((prod(claims[name][1]) + 1) // 2 for name in names)
     count = sum(_rows(claims[name][1]) for name in names)
     plain = sum(prod(shape) * ITEM_BYTES[dtype] for name, (dtype, shape) in claims.items() if name not in names)
-    shell = 4096 + sum(len(f"{key}{value}".encode()) * 2 for key, value in (metadata or {}).items())
-    shell += sum(2 * len(name.encode()) + 160 + 24 * len(claims[name][1]) for name in tensors)
-    return shell + text + 5 * (text // 16_000 + 1) + 16 + 2 * count + codes + 8 * -(-codes // PIECE_BYTES) + plain
+    return shell_bound(claims, rows, metadata or {}) + 2 * count + codes + 8 * -(-codes // PIECE_BYTES) + plain
 
 
 # Two threads of BLAS on small matrices fight for a busy machine's cores, and another order of sums is another file.
@@ -120,10 +117,10 @@ def write(
     """Encode what `source` reads, one LoRA pair at a time; `tensors` are the same tensors as they stay when plain."""
     names = presets.chosen(source, wanted.preset, initial)
     ledger = Ledger()
-    codes, packed = Spool(), Spool()
-    try:
+    with Spool() as codes, Spool() as packed:
         kept = list(_encoded(source, names, codes, ledger, arithmetic))
-        rows = [[name, *_claim(source, name), init_of(names[name])] for name in names]
+        claims = {name: source.claim(name) for name in names}
+        rows = [[name, dtype, list(shape), init_of(names[name])] for name, (dtype, shape) in claims.items()]
         text, small = manifest.pack(rows)
         scale_bits = np.concatenate([np.empty(0, np.uint16), *kept])
         digest = hashlib.sha256(text + scale_bits.tobytes())
@@ -138,20 +135,12 @@ def write(
             "format": FORMAT,
             "version": VERSION,
             "preset": wanted.preset,
-            "writer": "moerge 1",
-            "n_params": str(sum(prod(source.claim(name)[1]) for name in names)),
+            "writer": WRITER,
+            "n_params": str(sum(prod(shape) for _, shape in claims.values())),
             "planes_sha256": digest.hexdigest(),
         }
         plain = {name: tensor for name, tensor in tensors.items() if name not in names}
         return finish(stream, own, plain=plain, metadata={**metadata, **facts}), ledger
-    finally:
-        codes.close()
-        packed.close()
-
-
-def _claim(source: TensorSource, name: str) -> tuple[str, list[int]]:
-    dtype, shape = source.claim(name)
-    return dtype, list(shape)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
@@ -169,14 +158,11 @@ def _encoded(
         values = difference(source, name, names[name])
         dtype, _ = source.claim(name)
         steps, bits = _quantise(values, dtype)
-        seen = (steps * np.repeat(files.from_bf16(bits), steps.shape[1])[: steps.size].reshape(steps.shape)).astype(
-            np.float32
-        )
+        seen = steps * files.from_bf16(bits)[:, None]
         halves = np.append(steps + _ZERO, np.zeros(steps.size % 2)).astype(np.uint8)
         codes.append((halves[::2] | halves[1::2] << 4).data)
-        inner = tuple(_inner(one, other) for one, other in ((values, values), (values, seen), (seen, seen)))
-        ledger.add_tensor(name, dtype, size=values.size, kept=values.size, scale=None,
-                          inner=(inner[0], inner[1], inner[2]))  # fmt: skip
+        inner = _inner(values, values), _inner(values, seen), _inner(seen, seen)
+        ledger.add_tensor(name, dtype, size=values.size, kept=values.size, scale=None, inner=inner)
         partner = partners.get(name)
         if partner in waiting:
             _note(ledger, arithmetic, (partner or "", *waiting.pop(partner or "")), (name, values, seen))

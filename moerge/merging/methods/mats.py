@@ -35,13 +35,7 @@ SPEC = Spec(
             help="Match by the Gram matrices of inputs, or also by those of output gradients, gram_out.",
         ),
         integer("iterations", default=100, minimum=1, maximum=10_000, help="Steps of conjugate gradient at most."),
-        number(
-            "off_diagonal",
-            default=0.9,
-            minimum=0.0,
-            maximum=1.0,
-            help="Factor on the off-diagonal values of every Gram matrix.",
-        ),
+        grams.OFF_DIAGONAL,
         choice(
             "start",
             ["average", "task_arithmetic"],
@@ -49,12 +43,7 @@ SPEC = Spec(
             help="The merge to start from: the weighted mean, or the weighted sum times start_scale.",
         ),
         number("start_scale", default=0.3, help="Factor on the weighted sum, where that is the start."),
-        choice(
-            "fallback",
-            ["refuse", "mean"],
-            default="refuse",
-            help="What becomes of a matrix for which an expert has no Gram matrix: a refusal, or the mean.",
-        ),
+        grams.FALLBACK,
         MISSING,
     ),
 )

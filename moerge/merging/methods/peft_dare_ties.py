@@ -6,7 +6,7 @@ from typing import Any
 import numpy.typing as npt
 
 from moerge.merging import apart
-from moerge.merging.base import Parameters, Spec, choice, density
+from moerge.merging.base import Parameters, Spec, density
 from moerge.merging.sources import Block, Delta, Stream
 
 SPEC = Spec(
@@ -19,12 +19,7 @@ SPEC = Spec(
     is_random=True,
     parameters=(
         density(default=0.5),
-        choice(
-            "elect",
-            ["total", "frequency"],
-            default="total",
-            help="The sign of the sum of values, or of the sum of their signs.",
-        ),
+        apart.ELECT,
     ),
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moerge.merging import factors, grams, statistics
-from moerge.merging.base import MISSING, Parameters, Spec, choice, number
+from moerge.merging.base import MISSING, Parameters, Spec
 from moerge.merging.sources import Delta, Factors, Stream
 
 Float64 = npt.NDArray[np.float64]
@@ -27,19 +27,8 @@ SPEC = Spec(
     needs=("gram_in",),
     divides_by_weights=True,
     parameters=(
-        number(
-            "off_diagonal",
-            default=0.9,
-            minimum=0.0,
-            maximum=1.0,
-            help="Factor on the off-diagonal values of every Gram matrix.",
-        ),
-        choice(
-            "fallback",
-            ["refuse", "mean"],
-            default="refuse",
-            help="What becomes of a matrix for which an expert has no Gram matrix: a refusal, or the mean.",
-        ),
+        grams.OFF_DIAGONAL,
+        grams.FALLBACK,
         MISSING,
     ),
 )
