@@ -9,7 +9,7 @@ from django.contrib.postgres.search import SearchQuery, SearchVector
 from django.db.models import Count, Exists, OuterRef, Q, QuerySet, Sum
 from django.http import QueryDict
 
-from registry.checks.compression import RULES
+from registry.checks.compression import RULES, Form
 from registry.errors import (
     ExpertNotFound,
     Fault,
@@ -123,6 +123,12 @@ def forms(revision: Revision) -> list[Encoded]:
     """Every compressed form of a revision, by preset and density; those of the preset `default` come first."""
     rows = Encoded.objects.filter(revision=revision).select_related("blob")
     return sorted(rows, key=lambda row: (list(RULES).index(row.preset), row.variant, row.density))
+
+
+def form_path(encoded: Encoded, full_name: str, commit: str) -> str:
+    """Where a compressed form of a revision is downloaded; its own form needs no naming."""
+    query = "" if encoded.is_own else f"&{Form(encoded.preset, encoded.density, encoded.variant).query}"
+    return f"/api/v1/experts/{full_name}/compressed?revision={commit}{query}"
 
 
 def history(expert: Expert) -> QuerySet[Revision]:

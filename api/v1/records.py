@@ -7,7 +7,6 @@ from django.http import HttpRequest
 from rest_framework.request import Request
 
 from registry import jobs, selectors
-from registry.checks.compression import Form
 from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision
 
 AnyRequest = HttpRequest | Request
@@ -119,8 +118,6 @@ def form(
     row: Encoded, revision: Revision, full_name: str, request: AnyRequest, *, accuracy: float | None
 ) -> dict[str, Any]:
     report = row.report
-    query = "" if row.is_own else f"&{Form(row.preset, row.density, row.variant).query}"
-    address = f"/api/v1/experts/{full_name}/compressed?revision={revision.commit}{query}"
     return {
         "preset": row.preset,
         "scale_rule": report.get("scale_rule"),
@@ -139,7 +136,7 @@ def form(
         "warnings": report.get("warnings", []),
         "sha256": row.blob_id,
         "accuracy": accuracy,
-        "url": request.build_absolute_uri(address),
+        "url": request.build_absolute_uri(selectors.form_path(row, full_name, revision.commit)),
     }
 
 

@@ -1,5 +1,6 @@
 """The section of an expert's page that shows its compressed forms and has further ones made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +80,10 @@ def context(request: HttpRequest, expert: Expert, revision: Revision | None) -> 
     """What `hub/_compressed.html` shows of a revision; `forms` is empty where nothing can be compressed."""
     if revision is None or revision.state == Revision.State.INCOMPLETE or revision.derived_from_id is not None:
         return {"forms": []}
-    rows = rows_of(expert, revision)
+    accuracies = selectors.accuracies(revision)
+    rows = rows_of(expert, revision, accuracies)
     made = [row.encoded for row in rows if row.encoded is not None]
     own = next((encoded for encoded in made if encoded.is_own), None)
-    accuracies = selectors.accuracies(revision)
     return {
         "revision": revision,
         "address": address_of(expert, revision),
@@ -101,9 +102,8 @@ def context(request: HttpRequest, expert: Expert, revision: Revision | None) -> 
     }
 
 
-def rows_of(expert: Expert, revision: Revision) -> list[Row]:
+def rows_of(expert: Expert, revision: Revision, accuracies: Mapping[tuple[str, float] | None, float]) -> list[Row]:
     """Forms that exist, jobs that make more, and the standard densities that nobody has asked for yet."""
-    accuracies = selectors.accuracies(revision)
     jobs = encodings.unfinished(revision)
     found: dict[Form, Row] = {
         form: Row(form) for form in (Form(compression.DEFAULT, density) for density in compression.STANDARD_DENSITIES)
@@ -111,8 +111,7 @@ def rows_of(expert: Expert, revision: Revision) -> list[Row]:
     found |= {form: Row(form, job=job) for form, job in jobs.items()}
     for encoded in selectors.forms(revision):
         form = Form(encoded.preset, encoded.density, encoded.variant)
-        query = "" if encoded.is_own else f"&{form.query}"
-        address = f"/api/v1/experts/{expert.full_name}/compressed?revision={revision.commit}{query}"
+        address = selectors.form_path(encoded, expert.full_name, revision.commit)
         measured = accuracies.get((form.preset, form.density))
         found[form] = Row(form, encoded, accuracy=measured, address=address)
     return sorted(

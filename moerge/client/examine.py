@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from moerge import compression
-from moerge.compression import adapters as encodings
 from moerge.compression.adapters import CONFIG_FILE, WEIGHTS_FILE
 from moerge.compression.manifest import Budget
+from moerge.compression.restore import config_beside
 from moerge.errors import AdapterInvalid, HeaderInvalid
 from moerge.tensors import adapters, checkpoints, files, header
 from moerge.tensors.adapters import AdapterConfig
@@ -134,8 +134,5 @@ def is_encoded(place: Path) -> bool:
 
 
 def _config_of(place: Path) -> bytes | None:
-    """The adapter's config that `compress` laid beside an encoded file, or that of the folder it lies in."""
-    if not is_encoded(place):
-        return None
-    beside = (encodings.sidecar(place, CONFIG_FILE), place.parent / CONFIG_FILE)
-    return next((path.read_bytes() for path in beside if path.is_file()), None)
+    """The adapter's config beside an encoded file."""
+    return config_beside(place, CONFIG_FILE) if is_encoded(place) else None

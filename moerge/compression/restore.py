@@ -92,7 +92,7 @@ def decompress(
             if checkpoint is not None:
                 checkpoint.close()
     config_name = CHECKPOINT_CONFIG_FILE if is_checkpoint else CONFIG_FILE
-    config = config if config is not None else _config_beside(path, config_name)
+    config = config if config is not None else config_beside(path, config_name)
     if config is not None:
         with replacing(folder / config_name) as stream:
             stream.write(config)
@@ -156,7 +156,8 @@ def _decoded(encoded: Container[Any], name: str, read: Callable[[str], Array | B
     return Lazy(*encoded.claim(name), lambda: read(name))
 
 
-def _config_beside(path: Path, name: str) -> bytes | None:
+def config_beside(path: Path, name: str) -> bytes | None:
+    """The config that `compress` laid beside an encoded file, or that of the folder it lies in."""
     for place in (sidecar(path, name), path.parent / name):
         if place.is_file():
             return place.read_bytes()
