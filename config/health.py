@@ -51,7 +51,7 @@ def ready(_request: HttpRequest) -> HttpResponse:
     if not is_ready:
         response["Retry-After"] = "2"
         # Django would log every 503 as an error; here it is the ordinary answer of a start.
-        response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001
+        response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001 - no public switch
     return response
 
 

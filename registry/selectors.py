@@ -148,8 +148,8 @@ def accuracies(revision: Revision) -> dict[tuple[str, float] | None, float]:
     same = [row for row in rows if row.dataset == rows[0].dataset]
     found: dict[tuple[str, float] | None, float] = {}
     for row in same:
-        is_form = row.preset is not None and row.density is not None
-        found.setdefault((row.preset, row.density) if is_form else None, row.value)  # type: ignore[arg-type]
+        form = None if row.preset is None or row.density is None else (row.preset, row.density)
+        found.setdefault(form, row.value)
     return found
 
 

@@ -99,7 +99,7 @@ def _by_onednn(model: Any) -> Iterator[None]:
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, values: torch.Tensor) -> torch.Tensor:
-    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")  # noqa: SLF001
+    made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")  # noqa: SLF001 - it has no other name
     return made
 
 

@@ -318,7 +318,7 @@ class Spec:
     def _check_layers(self, count: int, parameters: Parameters) -> None:
         """Raise RecipeInvalid when a map of layers names an expert that is not there."""
         for item in self.parameters:
-            found = layers.parse(parameters[item.name]) if item.kind == "layers" else None  # type: ignore[arg-type]
+            found = layers.parse(str(parameters[item.name])) if item.kind == "layers" else None
             if found is not None and count and found.experts_needed > count:
                 raise RecipeInvalid(
                     f"Parameter {item.name} names expert {found.experts_needed - 1}, and here are {count}.",

@@ -138,9 +138,11 @@ def _density(value: object, preset: str, refuse: _Refusal) -> float:
     """Above 0, below 1, and no finer than forms are told apart."""
     if preset == INT4:
         raise refuse("density", value, wanted="none: int4 keeps every value", remedy="Leave it out.")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < 1 or round(float(value), DECIMALS) != value:  # type: ignore[operator, arg-type]
-        raise refuse("density", value, wanted=WANTED_DENSITY, remedy="Write a share: 0.1 for 10 %.")
+    unfit = refuse("density", value, wanted=WANTED_DENSITY, remedy="Write a share: 0.1 for 10 %.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise unfit
+    if not 0 < value < 1 or round(float(value), DECIMALS) != value:
+        raise unfit
     return float(value)
 
 
