@@ -35,10 +35,11 @@ class JobKind(StrEnum):
     EMBED = "embed"
     INDEX = "index"
     MERGE = "merge"
+    KINSHIP = "kinship"
     RECONSTRUCT = "reconstruct"
 
 
-HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.RECONSTRUCT})
+HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT})
 PIPELINE = (JobKind.CHECK, JobKind.COMPRESS, JobKind.EMBED, JobKind.INDEX)
 
 

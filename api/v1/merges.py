@@ -11,7 +11,7 @@ from api.v1.base import View
 from registry import selectors
 from registry.errors import Fault, RequestInvalid
 from registry.models import Merge
-from registry.services import merges
+from registry.services import merges, recipes
 
 
 def body_of(request: Request) -> dict[str, object]:
@@ -59,7 +59,7 @@ class MergeCheck(View):
         responses={(200, "application/json"): dict, **schemas.problems(400, 404, 409, 415, 422)},
     )
     def post(self, request: Request) -> Response:
-        return Response(merges.check(viewer=viewer_of(request), body=body_of(request)))
+        return Response(recipes.check(viewer=viewer_of(request), body=body_of(request)))
 
 
 class OneMerge(View):

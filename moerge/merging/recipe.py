@@ -18,12 +18,12 @@ MOST_EXPERTS = 100
 HIGHEST_RANK = 4096
 LARGEST_SEED = 2**63 - 1
 LARGEST_WEIGHT = 1e6
-KINDS = ("lora",)
+KINDS = ("lora", "ia3", "delta", "ternary", "full")
 DTYPES = ("float32", "bfloat16", "float16")
 
-_FIELDS = ("base_model", "method", "parameters", "seed", "experts", "output")
+_FIELDS = ("base_model", "base_weights", "method", "parameters", "seed", "experts", "output")
 _EXPERT_FIELDS = ("expert", "revision", "digest", "weight", "base_model", "statistics")
-_OUTPUT_FIELDS = ("kind", "rank", "dtype")
+_OUTPUT_FIELDS = ("kind", "rank", "dtype", "density", "saved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,28 @@ class Expert:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What the merge becomes: a LoRA of `rank`, or of the method's own rank where that is None."""
+    """What the merge becomes.
+
+    `lora` has a rank: `rank`, or as many as keep the share `energy` of the squared norm of each module, or the method's
+    own where both are None. `ia3` takes IA3 experts and gives IA3. `delta` is the dense task vector, `ternary` the same
+    as a ComPEFT file of `density`, `full` the base with the delta added. `saved` names the expert whose saved modules
+    and other tensors that replace the base's are kept where they cannot be merged.
+    """
 
     kind: str = "lora"
     rank: int | None = None
+    energy: float | None = None
     dtype: str = "float32"
+    density: float | None = None
+    saved: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `parse` reads it; what was added later stands only where it was asked for, so that digests stay."""
+        rank = self.rank if self.energy is None else {"energy": self.energy}
+        more = {"density": self.density, "saved": self.saved}
+        return {"kind": self.kind, "rank": rank, "dtype": self.dtype} | {
+            name: value for name, value in more.items() if value is not None
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,7 @@ class Recipe:
     seed: int
     experts: tuple[Expert, ...]
     output: Output
+    base_weights: str | None = None  # digest of the base's weights, where the result depends on them
 
     @property
     def method(self) -> str:
@@ -76,8 +94,8 @@ class Recipe:
                 | ({} if item.statistics is None else {"statistics": item.statistics})
                 for item in self.experts
             ],
-            "output": {"kind": self.output.kind, "rank": self.output.rank, "dtype": self.output.dtype},
-        }
+            "output": self.output.to_dict(),
+        } | ({} if self.base_weights is None else {"base_weights": self.base_weights})
 
     def canonical(self) -> bytes:
         """The bytes that two equal recipes share: defaults filled in, experts sorted, the method's version named.
@@ -114,7 +132,7 @@ def parse(body: object, *, specs: Mapping[str, Spec] | None = None) -> Recipe:
     _check_statistics(spec, experts)
     if not spec.is_ordered:
         experts.sort(key=lambda item: (item.digest, item.weight, item.expert, item.revision))
-    seed = fields.get("seed", 0)
+    seed, weights = fields.get("seed", 0), fields.get("base_weights")
     return Recipe(
         base_model=base_model,
         spec=spec,
@@ -122,6 +140,7 @@ def parse(body: object, *, specs: Mapping[str, Spec] | None = None) -> Recipe:
         seed=_whole(seed, "/seed", lowest=0, highest=LARGEST_SEED),
         experts=tuple(experts),
         output=_output(fields.get("output", {})),
+        base_weights=None if weights is None else _text(weights, "/base_weights"),
     )
 
 
@@ -191,12 +210,36 @@ def _same_base(base: str, wanted: str | None, here: str, expert: object) -> str:
 
 def _output(value: object) -> Output:
     fields = _object(value, "/output", _OUTPUT_FIELDS)
-    rank = fields.get("rank")
+    kind = _one_of(fields.get("kind", "lora"), "/output/kind", KINDS)
+    rank, energy = _rank(fields.get("rank"), kind)
+    density, saved = fields.get("density"), fields.get("saved")
+    if density is not None and kind != "ternary":
+        raise _wrong(density, "/output/density", "none: only ternary output has a density")
     return Output(
-        kind=_one_of(fields.get("kind", "lora"), "/output/kind", KINDS),
-        rank=None if rank is None else _whole(rank, "/output/rank", lowest=1, highest=HIGHEST_RANK),
+        kind=kind,
+        rank=rank,
+        energy=energy,
         dtype=_one_of(fields.get("dtype", "float32"), "/output/dtype", DTYPES),
+        density=None if density is None else _share(density, "/output/density"),
+        saved=None if saved is None else _text(saved, "/output/saved"),
     )
+
+
+def _rank(value: object, kind: str) -> tuple[int | None, float | None]:
+    """A rank, or the share of energy that decides it."""
+    if value is not None and kind != "lora":
+        raise _wrong(value, "/output/rank", f"none: {kind} output has no rank")
+    if isinstance(value, dict):
+        fields = _object(value, "/output/rank", ("energy",))
+        return None, _share(fields.get("energy"), "/output/rank/energy")
+    return None if value is None else _whole(value, "/output/rank", lowest=1, highest=HIGHEST_RANK), None
+
+
+def _share(value: object, pointer: str) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= 1:  # type: ignore[operator]
+        raise _wrong(value, pointer, "a share above 0 and at most 1")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _mapping(value: object, pointer: str) -> dict[str, Any]:

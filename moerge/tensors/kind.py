@@ -63,13 +63,15 @@ class LowRank:
 class Blocker:
     """A reason why the delta of an accepted adapter cannot be formed from its files, so it cannot be merged.
 
-    `pointer` is a JSON pointer into the config, or a tensor's name.
+    `pointer` is a JSON pointer into the config, or a tensor's name. `needs_base`: the delta can be formed where
+    the weights of the base model are at hand.
     """
 
     pointer: str
     met: str
     reason: str
     remedy: str = ""
+    needs_base: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

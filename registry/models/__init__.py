@@ -4,7 +4,7 @@ from registry.models.accounts import ApiKey, AuditEvent, Membership, Namespace, 
 from registry.models.bases import BaseAlias, BaseModel
 from registry.models.experts import Blob, Encoded, Evaluation, Expert, File, Ref, Revision
 from registry.models.jobs import Job
-from registry.models.merges import Merge, MergeParent, Method, Recipe
+from registry.models.merges import Kinship, Merge, MergeParent, Method, Recipe
 from registry.models.routing import Embedding, RoutingChange, RoutingClock
 from registry.models.uploads import Upload, UploadFile
 
@@ -20,6 +20,7 @@ __all__ = [
     "Expert",
     "File",
     "Job",
+    "Kinship",
     "Membership",
     "Merge",
     "MergeParent",

@@ -17,6 +17,8 @@ class BaseModel(models.Model):
     parameter_count = models.BigIntegerField(null=True, blank=True)
     # Module name pattern -> [out, in]; fills as experts arrive and is compared with later ones.
     shapes = models.JSONField(default=dict, blank=True)
+    # The weights that an operator has put into HUB_BASES_DIR: folder, digest, files with size and SHA-256.
+    weights = models.JSONField(default=dict, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
 
     def __str__(self) -> str:

@@ -33,6 +33,8 @@ class Job(models.Model):
     key = models.CharField(max_length=120, unique=True)
     parameters = models.JSONField(default=dict, blank=True)
     requested_by = models.ForeignKey(User, null=True, blank=True, on_delete=models.SET_NULL, related_name="jobs")
+    # Smaller numbers go first: 0 somebody waits for it, 3 somebody asked for it, 6 nobody is waiting.
+    priority = models.PositiveSmallIntegerField(default=6)
     state = models.CharField(max_length=16, choices=State.choices, default=State.QUEUED)
     progress = models.FloatField(default=0.0)  # share done, 0..1
     message = models.CharField(max_length=300, blank=True)

@@ -60,6 +60,8 @@ class Merge(models.Model):
     """One recipe carried out. Its id, repository name and commit are known before it is computed."""
 
     class State(models.TextChoices):
+        # Known by its address; computed when somebody touches it: nobody has yet, or its bytes were collected.
+        REGISTERED = "registered"
         QUEUED = "queued"
         RUNNING = "running"
         READY = "ready"
@@ -71,7 +73,12 @@ class Merge(models.Model):
     commit = models.CharField(max_length=40, unique=True)
     base_model = models.ForeignKey(BaseModel, on_delete=models.PROTECT, related_name="merges")
     state = models.CharField(max_length=12, choices=State.choices, default=State.QUEUED)
-    report = models.JSONField(default=dict)  # energy kept, ranks, missing modules, licences, self-check
+    report = models.JSONField(default=dict)  # energy kept, ranks, missing modules, self-check, environment
+    # What the licences of parents and base say together, and whether somebody took responsibility for unknown ones.
+    licence = models.JSONField(default=dict)
+    # Manifest digest of the first result: a merge that is computed again is served only when it gives the same bytes.
+    result_digest = models.CharField(max_length=64, blank=True)
+    read_at = models.DateTimeField(null=True, blank=True)  # last touched by a reader; bytes long unread are collected
     requested_by = models.ForeignKey(User, null=True, on_delete=models.SET_NULL, related_name="merges")
     created_at = models.DateTimeField(auto_now_add=True)
     finished_at = models.DateTimeField(null=True, blank=True)
@@ -100,3 +107,18 @@ class MergeParent(models.Model):
 
     def __str__(self) -> str:
         return f"{self.weight} x {self.revision_id}"
+
+
+class Kinship(models.Model):
+    """How alike two adapters are, measured once for each pair of contents; `first` sorts before `second`."""
+
+    first = models.CharField(max_length=64)
+    second = models.CharField(max_length=64)
+    figures = models.JSONField()  # cosine, pearson, distance, conflict
+    created_at = models.DateTimeField(auto_now_add=True)
+
+    class Meta:
+        constraints: ClassVar = [models.UniqueConstraint(fields=["first", "second"], name="kinship_once")]
+
+    def __str__(self) -> str:
+        return f"{self.first[:12]} {self.second[:12]}"

@@ -15,6 +15,7 @@ from registry import selectors, storage
 from registry.checks import files
 from registry.models import Merge, Revision
 from registry.services import blobs, merges
+from registry.services import recipes as pinned
 from workers import cards
 from workers.runner import Stopped, Work
 
@@ -26,7 +27,7 @@ def run(work: Work) -> dict[str, Any]:
         return {"commit": merge.commit}
     recipe = parsed(merge)
     parents = {
-        merges.content_digest(parent.revision): parent.revision
+        pinned.content_digest(parent.revision): parent.revision
         for parent in merge.parents.select_related("revision__expert__namespace")
     }
     folder = blobs.staging_path()
