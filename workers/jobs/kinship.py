@@ -1,0 +1,76 @@
+"""Kinship: measure how alike experts are, and keep the figures of every pair that was asked for."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from moerge.merging import kinship as measures
+from moerge.tensors.adapters import LowRank
+from registry.models import Revision
+from registry.services import kinship
+from workers.jobs import merge
+from workers.runner import Work
+
+FIGURES = ("cosine", "pearson", "distance", "conflict")
+# Every delta is read for its shape, for its inner products and for its signs.
+READINGS = 3
+
+
+def run(work: Work) -> dict[str, Any]:
+    """Compare the deltas of some revisions, module by module. A second run finds the same figures."""
+    ids: dict[str, int] = work.lease.parameters[kinship.REVISIONS]
+    digests = sorted(ids)
+    rows = Revision.objects.in_bulk(ids.values())
+    with ExitStack() as opened:
+        loaded = [merge.load(rows[ids[digest]], opened) for digest in digests]
+        expected = READINGS * sum(len(adapter.modules) for adapter in loaded)
+        told = _Told(work, expected)
+        found = measures.measure([_Watched(adapter.modules, told) for adapter in loaded])
+    place = {digest: position for position, digest in enumerate(digests)}
+    pairs = [(first, second) for first, second in work.lease.parameters[kinship.PAIRS]]
+    kinship.record(
+        {
+            pair: {name: _figure(getattr(found, name)[place[pair[0]], place[pair[1]]]) for name in FIGURES}
+            for pair in pairs
+        }
+    )
+    return {"pairs": len(pairs)}
+
+
+def _figure(value: np.float64) -> float:
+    """Six digits: more are not the same on every machine."""
+    return float(f"{value:.6g}")
+
+
+class _Told:
+    """Counts readings, tells progress, and stops the job when it is cancelled."""
+
+    def __init__(self, work: Work, expected: int) -> None:
+        self._work, self._expected, self._done = work, expected, 0
+
+    def step(self) -> None:
+        self._done += 1
+        self._work.progress(min(0.99, self._done / max(1, self._expected)), "Comparing experts")
+
+
+class _Watched(Mapping[str, LowRank]):
+    """The modules of an adapter; every reading is told."""
+
+    def __init__(self, modules: Mapping[str, LowRank], told: _Told) -> None:
+        self._modules, self._told = modules, told
+
+    def __getitem__(self, name: str) -> LowRank:
+        self._told.step()
+        return self._modules[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the module to see whether it is there.
+        return name in self._modules
