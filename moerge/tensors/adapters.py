@@ -5,7 +5,6 @@ sees modules, LowRank factors and scalings.
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,7 +29,7 @@ from moerge.tensors.kind import (
 )
 from moerge.tensors.targets import Targets
 
-__all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "Blocker", "Layout", "LowRank", "catalogue", "check", "load",
+__all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "Blocker", "Layout", "LowRank", "catalogue", "check", "content_digest", "load",
            "parse_config", "save_lora", "scan_finite"]  # fmt: skip
 
 parse_config = configs.parse
@@ -114,10 +113,13 @@ class Adapter:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over weights and config: equal digests mean equal deltas."""
-        weights = files.sha256(self.path)
-        config = json.dumps(self.config.raw, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(f"{weights}\n{config}".encode()).hexdigest()
+        """What the adapter is, apart from its name: equal digests mean equal deltas."""
+        return content_digest(files.sha256(self.path), self.config.sha256)
+
+
+def content_digest(weights_sha256: str, config_sha256: str) -> str:
+    """SHA-256 over the digests of the two files, so that a hub knows it from its rows and a folder has the same."""
+    return hashlib.sha256(f"{weights_sha256}\n{config_sha256}".encode()).hexdigest()
 
 
 def load(config: AdapterConfig, path: str | Path, *, accept: Collection[str] = ()) -> Adapter:

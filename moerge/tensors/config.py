@@ -1,5 +1,6 @@
 """adapter_config.json, parsed once and strictly into a frozen record."""
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -21,7 +22,8 @@ _WITH_PATTERNS = frozenset({"LORA", "LOHA", "LOKR"})
 class AdapterConfig:
     """An adapter_config.json. Values without a field here are kept in `raw` as text and never acted upon.
 
-    `layers_to_transform` and the patterns mean what they mean in PEFT; None stands for "not given".
+    `layers_to_transform` and the patterns mean what they mean in PEFT; None stands for "not given". `sha256` is that of
+    the bytes it was read from.
     """
 
     peft_type: str
@@ -40,6 +42,7 @@ class AdapterConfig:
     bias: str = "none"
     base_model_name_or_path: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    sha256: str = field(default="", repr=False, compare=False)
 
 
 def parse(data: bytes) -> AdapterConfig:
@@ -79,6 +82,7 @@ def parse(data: bytes) -> AdapterConfig:
         bias=_field(raw, "bias", _text, "none"),
         base_model_name_or_path=_field(raw, "base_model_name_or_path", _text, None),
         raw=raw,
+        sha256=hashlib.sha256(data).hexdigest(),
     )
     _check_ranges(record)
     return record

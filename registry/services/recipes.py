@@ -11,6 +11,7 @@ from moerge.errors import ExpertsIncompatible as LibraryIncompatible
 from moerge.errors import MoergeError
 from moerge.merging import recipe as recipes
 from moerge.merging.recipe import Recipe
+from moerge.tensors import adapters
 from registry import selectors
 from registry.checks import files, names
 from registry.errors import ExpertNotFound, ExpertsIncompatible, Fault, NotReady, RecipeInvalid
@@ -160,4 +161,4 @@ def content_digest(revision: Revision) -> str:
     """What an adapter is, apart from its name and card: SHA-256 over the digests of its weights and its config."""
     weights = selectors.file(revision, files.WEIGHTS).blob_id
     config = selectors.file(revision, files.CONFIG).blob_id
-    return hashlib.sha256(f"{weights}\n{config}".encode()).hexdigest()
+    return adapters.content_digest(weights, config)
