@@ -20,6 +20,7 @@ urlpatterns = [
     path("settings/keys/<int:key_id>/revoke", account.revoke_key, name="revoke-key"),
     path("docs", docs.index, name="docs"),
     path("docs/<slug:page>", docs.page, name="docs-page"),
+    path("docs/methods/<slug:page>", docs.page, {"folder": "methods"}, name="docs-method"),
     path("<str:owner>", catalogue.owner, name="owner"),
     path("<str:owner>/<str:name>", catalogue.expert, name="expert"),
     path("<str:owner>/<str:name>/status", catalogue.status, name="expert-status"),

@@ -12,6 +12,8 @@ from frontend.views.common import page as shown
 from registry.errors import NotFound
 
 HEADING = re.compile(r"<h([1-4])>(.*?)</h\1>")
+# Pages name each other as files, so that they can be read where they lie.
+LINK = re.compile(r'href="((?:\.\./)?(?:methods/)?[a-z0-9_-]+)\.md')
 
 
 @shown
@@ -22,11 +24,11 @@ def index(request: HttpRequest) -> HttpResponse:
 
 
 @shown
-def page(request: HttpRequest, page: str) -> HttpResponse:
-    path = settings.ROOT / "docs" / f"{page}.md"
+def page(request: HttpRequest, page: str, folder: str = "") -> HttpResponse:
+    path = settings.ROOT / "docs" / folder / f"{page}.md"
     if not path.is_file():
         raise NotFound(f"There is no page {page[:60]!r} in the documentation.")
-    body = HEADING.sub(with_anchor, markdown(path.read_text()))
+    body = LINK.sub(r'href="\1', HEADING.sub(with_anchor, markdown(path.read_text())))
     return render(request, "hub/docs_page.html", {"name": page, "body": mark_safe(body)})  # noqa: S308 - our own files, cleaned
 
 

@@ -231,7 +231,7 @@ class Parameters(Mapping[str, Value]):
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """The card of a merge method.
+    """The card of a merge method; `when` is one sentence of advice.
 
     `version` enters the identity of every merge made with the method and is raised when its values change.
     `group` 1 needs the adapters alone, 2 needs statistics stored beside them, 3 needs evaluation; `needs` names the
@@ -246,6 +246,7 @@ class Spec:
     title: str
     form: Form
     summary: str
+    when: str
     paper: str
     version: int = 1
     group: int = 1

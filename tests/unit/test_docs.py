@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from moerge import merging
 from moerge.cli import command, problems
 from moerge.client import errors as client_errors
 from moerge.errors import MoergeError
+from moerge.merging import recipe as recipes
 from registry import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,9 +87,21 @@ def test_every_problem_of_the_command_is_in_its_table_with_its_exit_status() -> 
     assert dict(rows) == made | {"file-error": "1", "out-of-memory": "1"}
 
 
-def test_every_merge_method_is_described() -> None:
-    text = (ROOT / "docs" / "merge-methods.md").read_text()
-    assert {name for name in merging.catalogue() if f"## {name}\n" not in text} == set()
+def test_every_merge_method_has_its_page_and_a_recipe_that_is_accepted() -> None:
+    overview = (ROOT / "docs" / "merge-methods.md").read_text()
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+    assert pages.keys() == merging.catalogue().keys() == set(re.findall(r"\]\(methods/(\w+)\.md\)", overview))
+    for name, text in pages.items():
+        recipe = json.loads(re.findall(r"```json\n(.*?)```", text, re.DOTALL)[0])
+        known = {"revision": "0" * 40, "statistics": "0" * 64}
+        experts = [{**row, **known, "digest": row["expert"]} for row in recipe["experts"]]
+        assert recipes.parse({**recipe, "experts": experts}).method == name
+        assert {f"`{item.name}`" for item in merging.catalogue()[name].parameters} <= set(re.findall(r"`\w+`", text))
+
+
+def test_the_advice_names_methods_that_exist_and_leaves_none_out() -> None:
+    text = (ROOT / "docs" / "which-method.md").read_text()
+    assert set(re.findall(r"\]\(methods/(\w+)\.md\)", text)) == merging.catalogue().keys()
 
 
 def test_the_vendored_assets_are_what_they_say() -> None:

@@ -18,6 +18,7 @@ SPEC = Spec(
     needs=("coefficients",),
     rank_rule="sum",
     summary="Sum of deltas with a learned coefficient per expert and tensor, or per expert; exact on the factors.",
+    when="Coefficients were learned on unlabelled inputs of the tasks; give them as statistics of each expert.",
     paper="arXiv 2310.02575",
     parameters=(
         flag("clamp", default=True, help="Bring coefficients into 0 .. 1 first, as the authors' code does."),

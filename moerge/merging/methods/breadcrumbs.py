@@ -17,6 +17,7 @@ SPEC = Spec(
     title="Model Breadcrumbs",
     form="element-wise",
     summary="Drop each expert's largest values (gamma) and keep the next ones (density), then add up.",
+    when="Many experts, some of them with a few huge values that would drown the rest.",
     paper="arXiv 2312.06795",
     divides_by_weights=True,
     parameters=(

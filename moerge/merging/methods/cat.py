@@ -16,6 +16,7 @@ SPEC = Spec(
     form="factor",
     rank_rule="all",
     summary="The experts' factors side by side: the exact weighted sum, at the sum of the ranks.",
+    when="The exact weighted sum is wanted and a rank of all ranks together is affordable.",
     paper="huggingface/peft, add_weighted_adapter",
 )
 

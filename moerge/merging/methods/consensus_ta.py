@@ -14,6 +14,7 @@ SPEC = Spec(
     title="Consensus TA",
     form="element-wise",
     summary="Task arithmetic without the values that matter to fewer than k experts (TALL masks).",
+    when="Four or more experts, where values that serve one alone do more harm than good.",
     paper="arXiv 2405.07813",
     parameters=(
         number(

@@ -18,6 +18,7 @@ SPEC = Spec(
     title="DARE",
     form="element-wise",
     summary="Drop values at random and rescale the rest, then sum (DARE-linear) or elect signs (DARE-TIES).",
+    when="Full fine-tunes or experts with much redundancy; two or three of them; try a density of .5 first.",
     paper="arXiv 2311.03099",
     is_random=True,
     parameters=(

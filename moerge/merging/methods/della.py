@@ -16,6 +16,7 @@ SPEC = Spec(
     title="DELLA",
     form="element-wise",
     summary="Drop values at random, small ones more often than large ones, rescale, then elect signs as TIES does.",
+    when="As DARE, where dropping small values more often than large ones keeps more of each expert.",
     paper="arXiv 2406.11617",
     is_random=True,
     parameters=(

@@ -20,6 +20,7 @@ SPEC = Spec(
     title="Fisher merging",
     form="element-wise",
     summary="The mean of deltas, each value weighted by its Fisher information in that expert.",
+    when="Every expert comes with its Fisher information, and experts disagree about the same values.",
     paper="arXiv 2111.09832",
     group=2,
     needs=("fisher_diag",),

@@ -16,6 +16,7 @@ SPEC = Spec(
     form="core",
     rank_rule="sum",
     summary="Directions common to the sum and directions of each expert alone, all with one singular value.",
+    when="As Iso-C with very different tasks, each of which has directions of its own to keep.",
     paper="arXiv 2502.04959",
     parameters=(
         number(

@@ -18,6 +18,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="The true mean on the sphere of the experts' directions, at their mean length; exact on the factors.",
+    when="Three or more experts whose directions matter more than their sizes.",
     paper="Karcher, Riemannian center of mass and mollifier smoothing (1977); arcee-ai/mergekit, karcher",
     divides_by_weights=True,
     parameters=(

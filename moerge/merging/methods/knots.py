@@ -24,6 +24,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="Experts aligned by the SVD of all deltas side by side, then merged in those coordinates.",
+    when="LoRA experts that TIES merges badly because their deltas hardly share coordinates.",
     paper="arXiv 2410.19735",
     is_random=True,
     parameters=(

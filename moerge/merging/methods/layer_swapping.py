@@ -14,6 +14,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="Each layer from the expert that a map names, such as outer layers of a language expert in one for a task.",
+    when="A language expert and a task expert, each of which is needed in other layers.",
     paper="arXiv 2410.01335",
     is_ordered=True,
     divides_by_weights=True,

@@ -13,6 +13,7 @@ SPEC = Spec(
     form="element-wise",
     rank_rule="sum",
     summary="Weighted sum of the experts' deltas; exact on the factors, no dense matrix is formed.",
+    when="The first thing to try: cheap, exact, and right for two or three experts of related tasks.",
     paper="arXiv 2203.05482 (model soups)",
     divides_by_weights=True,
     parameters=(

@@ -16,6 +16,7 @@ SPEC = Spec(
     needs=("loss",),
     rank_rule="sum",
     summary="Average by the softmax of minus each expert's loss on a few examples of the task; exact on the factors.",
+    when="A few labelled examples of the target task are at hand, and the loss of each expert on them is known.",
     paper="arXiv 2311.13534",
     divides_by_weights=True,
     parameters=(

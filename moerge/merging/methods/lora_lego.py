@@ -24,6 +24,7 @@ SPEC = Spec(
     form="factor",
     rank_rule="largest",
     summary="The rank units of all experts, clustered; each cluster becomes one unit of the merge.",
+    when="The rank must not grow, and experts share rank units.",
     paper="arXiv 2409.16167",
     parameters=(
         integer(

@@ -17,6 +17,7 @@ SPEC = Spec(
     group=3,
     rank_rule="sum",
     summary="Experts composed with coefficients found by search; give those as weights, from -1.5 to 1.5 in the paper.",
+    when="Weights were found by a search on a few examples of a new task.",
     paper="arXiv 2307.13269",
     parameters=(
         choice(

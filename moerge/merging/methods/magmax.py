@@ -14,6 +14,7 @@ SPEC = Spec(
     title="MagMax",
     form="element-wise",
     summary="Each value comes from the expert in which it is largest.",
+    when="Experts trained one after another, or with deltas of very different places and alike sizes.",
     paper="arXiv 2407.06322",
     is_ordered=True,
     parameters=(

@@ -14,6 +14,7 @@ SPEC = Spec(
     title="Magnitude prune",
     form="element-wise",
     summary="Sum of the experts' deltas after each kept only its largest values.",
+    when="Noise in the small values is the trouble, and signs do not conflict.",
     paper="arXiv 2306.01708, step 1",
     divides_by_weights=True,
     parameters=(

@@ -23,6 +23,7 @@ SPEC = Spec(
     title="MaTS",
     form="whole",
     summary="Matches experts in the directions their tasks use, by conjugate gradient on their Gram matrices.",
+    when="Every expert comes with Gram matrices, and RegMean is not close enough.",
     paper="arXiv 2312.04339",
     group=2,
     needs=("gram_in",),

@@ -25,6 +25,7 @@ SPEC = Spec(
     title="Mediator",
     form="whole",
     summary="Layers with few sign conflicts are averaged; in the others each expert's own part is added by its weight.",
+    when="A router will pick experts at use, and layers differ in how much the experts conflict.",
     paper="arXiv 2502.04411",
     parameters=(
         density(default=0.1),

@@ -12,6 +12,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="The experts' mean direction, tensor by tensor, at their mean length; exact on the factors.",
+    when="Several experts whose sum is too short because they point apart.",
     paper="arcee-ai/mergekit, multislerp",
     divides_by_weights=True,
     parameters=(

@@ -12,6 +12,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="Two experts on the arc between them, as far along as their weights say; exact on the factors.",
+    when="Two experts of alike size, with a weight for each; by rows or columns where sizes vary within a tensor.",
     paper="arcee-ai/mergekit, nuslerp",
     divides_by_weights=True,
     most_experts=2,

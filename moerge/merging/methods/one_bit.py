@@ -26,6 +26,7 @@ SPEC = Spec(
     title="1bit-Merging",
     form="whole",
     summary="A shared part, and per expert a sign per value and a scale per tensor, added by the expert's weight.",
+    when="A router will pick experts at use, and each may cost one bit per value at most.",
     paper="arXiv 2502.10743",
     parameters=(
         choice(

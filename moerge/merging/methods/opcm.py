@@ -19,6 +19,7 @@ SPEC = Spec(
     form="ordered",
     rank_rule="sum",
     summary="Experts one after the other, each without the part that would overwrite the leading directions so far.",
+    when="Experts arrive over time and the old ones are no longer at hand; order matters.",
     paper="arXiv 2501.09522",
     is_ordered=True,
     parameters=(

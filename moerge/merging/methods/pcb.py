@@ -17,6 +17,7 @@ SPEC = Spec(
     title="PCB-Merging",
     form="element-wise",
     summary="Weigh each value by its strength within its expert and its agreement with the others, drop weak ones.",
+    when="Experts compete for the same values; two to eight of them, with deltas of ordinary size.",
     paper="arXiv 2410.02396",
     parameters=(
         number(

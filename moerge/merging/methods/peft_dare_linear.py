@@ -15,6 +15,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="largest",
     summary="PEFT's dare_linear for comparison: drops values of A and B apart, then adds up.",
+    when="Only to compare with what PEFT's dare_linear gives.",
     paper="huggingface/peft, add_weighted_adapter",
     is_random=True,
     parameters=(density(default=0.5),),

@@ -15,6 +15,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="largest",
     summary="PEFT's linear for comparison: A and B are added up apart, which is not a sum of deltas.",
+    when="Only to compare with what PEFT's linear gives.",
     paper="huggingface/peft, add_weighted_adapter",
 )
 

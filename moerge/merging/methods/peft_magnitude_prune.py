@@ -15,6 +15,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="largest",
     summary="PEFT's magnitude_prune for comparison: trims A and B apart, then adds up.",
+    when="Only to compare with what PEFT's magnitude_prune gives.",
     paper="huggingface/peft, add_weighted_adapter",
     parameters=(density(default=0.5),),
 )

@@ -15,6 +15,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="largest",
     summary="PEFT's ties for comparison: A and B are trimmed, elected and merged apart.",
+    when="Only to compare with what PEFT's ties gives.",
     paper="huggingface/peft, add_weighted_adapter",
     parameters=(
         density(default=0.5),

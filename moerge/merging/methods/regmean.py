@@ -22,6 +22,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="The delta that answers every expert's inputs most nearly as that expert does; exact on the factors.",
+    when="Every expert comes with Gram matrices of its inputs; the best of the exact low-rank methods then.",
     paper="arXiv 2212.09849",
     group=2,
     needs=("gram_in",),

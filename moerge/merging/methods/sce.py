@@ -17,6 +17,7 @@ SPEC = Spec(
     title="SCE",
     form="element-wise",
     summary="Keep the values on which experts differ most, weigh experts by their energy, erase minority signs.",
+    when="Experts of one model family tuned on different data, where a few values differ much.",
     paper="arXiv 2408.07990",
     parameters=(
         number(

@@ -12,6 +12,7 @@ SPEC = Spec(
     form="whole",
     rank_rule="sum",
     summary="Two experts, tensor by tensor, on the arc between them; exact on the factors.",
+    when="Exactly two experts; `t` says how far from the first to the second.",
     paper="Shoemake, Animating Rotation with Quaternion Curves (SIGGRAPH 1985); arcee-ai/mergekit, slerp",
     is_ordered=True,
     divides_by_weights=True,

@@ -16,6 +16,7 @@ SPEC = Spec(
     form="factor",
     rank_rule="largest",
     summary="The best approximation of the weighted sum at the largest rank of the experts, or at a chosen one.",
+    when="The exact weighted sum at a rank that serving allows.",
     paper="huggingface/peft, add_weighted_adapter",
 )
 

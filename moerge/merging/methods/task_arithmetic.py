@@ -13,6 +13,7 @@ SPEC = Spec(
     form="element-wise",
     rank_rule="sum",
     summary="Scaled sum of the experts' deltas; a negative weight takes a skill away.",
+    when="Add skills up, or take one away by a negative weight; tune the scale from .3 to 1.",
     paper="arXiv 2212.04089",
     divides_by_weights=True,
     parameters=(

@@ -27,6 +27,7 @@ SPEC = Spec(
     title="TIES",
     form="element-wise",
     summary="Trim each expert to its largest values, elect a sign per value, merge those that agree with it.",
+    when="Three to eight experts whose signs conflict; keep 20 % and a scale of 1 to begin with.",
     paper="arXiv 2306.01708",
     parameters=(
         density(),

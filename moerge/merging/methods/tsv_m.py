@@ -16,6 +16,7 @@ SPEC = Spec(
     form="core",
     rank_rule="sum",
     summary="Leading singular directions of every expert, decorrelated so that they interfere less.",
+    when="Many LoRA experts of different tasks; the result stays low rank, exactly.",
     paper="arXiv 2412.00081",
     parameters=(scale(),),
 )

@@ -22,6 +22,7 @@ SPEC = Spec(
     title="Twin-Merging",
     form="whole",
     summary="A shared part, and per expert a compressed exclusive part that is added by the expert's weight.",
+    when="A router will pick experts at use, and a shared part with small exclusive ones is to be kept.",
     paper="arXiv 2406.15479",
     parameters=(
         choice(

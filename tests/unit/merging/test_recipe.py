@@ -192,7 +192,7 @@ def test_a_new_version_of_a_method_changes_the_digest():
         ({"experts": [expert("a", 1, revision=None)]}, "/experts/0/revision"),
         ({"experts": [expert("a", 1, digest=7)]}, "/experts/0/digest"),
         ({"output": None}, "/output"),
-        ({"output": {"kind": "full"}}, "/output/kind"),
+        ({"output": {"kind": "dense"}}, "/output/kind"),
         ({"output": {"kind": None}}, "/output/kind"),
         ({"output": {"rank": 0}}, "/output/rank"),
         ({"output": {"rank": 4.0}}, "/output/rank"),
@@ -267,7 +267,7 @@ def test_cards_kept_as_rows_parse_as_those_installed():
 def test_parsing_needs_neither_numpy_nor_torch():
     code = (
         "import sys; from moerge.merging import recipe; from moerge.merging.base import Spec\n"
-        "spec = Spec(name='m', title='M', form='factor', summary='s.', paper='p')\n"
+        "spec = Spec(name='m', title='M', form='factor', summary='s.', when='w.', paper='p')\n"
         "recipe.parse({'method': 'm', 'experts': [{'expert': 'a/b', 'revision': 'r', 'digest': 'd', 'weight': 1}]},"
         " specs={'m': spec})\n"
         "assert not {'numpy', 'torch', 'django'} & set(sys.modules)"
