@@ -4,7 +4,7 @@ Nothing here forms a d_out x d_in matrix except where a dense one is handed in. 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,16 @@ _SAFE = 1e-10
 
 @dataclass(frozen=True)
 class Truncated:
-    """Factors of a given rank, and how much of the squared Frobenius norm they keep."""
+    """Factors of a given rank, and how much of the squared Frobenius norm they keep.
+
+    `sizes` are the squared singular values that came to light on the way, largest first: all of them, or the leading
+    ones of a large dense delta; none where nothing was cut.
+    """
 
     factors: Factors
     kept: float
     whole: float
+    sizes: Float64 = field(default_factory=lambda: np.empty(0))
 
     @property
     def share(self) -> float:
@@ -91,7 +96,7 @@ def truncate(factors: Factors, rank: int) -> Truncated:
         (left.columns @ (left.inverse @ (U[:, :rank] * root))).astype(dtype),
         np.ascontiguousarray((right.columns @ (right.inverse @ (Vt[:rank].T * root))).T.astype(dtype)),
     )
-    return Truncated(found, float(S[:rank] @ S[:rank]), float(S @ S))
+    return Truncated(found, float(S[:rank] @ S[:rank]), float(S @ S), S * S)
 
 
 def _gauge(left: Float64, right: Float64) -> Float64:
@@ -143,7 +148,7 @@ def truncate_dense(delta: Array, rank: int, *, key: tuple[int, int]) -> Truncate
     Q, R = np.linalg.qr(small)
     U, S, Vt = np.linalg.svd(R.T)
     result = _balanced(basis.astype(np.float64) @ U, S, Vt @ Q.T, rank=rank, dtype=delta.dtype)
-    return Truncated(result.factors, result.kept, square_norm(delta))
+    return Truncated(result.factors, result.kept, square_norm(delta), result.sizes)
 
 
 def square_norm(values: Array) -> float:
@@ -170,7 +175,7 @@ def _balanced(U: Float64, S: Float64, Vt: Float64, *, rank: int, dtype: np.dtype
         np.ascontiguousarray((U[:, :rank] * root).astype(dtype)),
         np.ascontiguousarray((root[:, None] * Vt[:rank]).astype(dtype)),
     )
-    return Truncated(factors, float(S[:rank] @ S[:rank]), float(S @ S))
+    return Truncated(factors, float(S[:rank] @ S[:rank]), float(S @ S), S * S)
 
 
 def _times(delta: Array, right: Array) -> Array:

@@ -231,23 +231,33 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 def dump(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """What `write` writes, to an open binary stream."""
     claims = {name: claim(tensor) for name, tensor in tensors.items()}
-    order = sorted(claims, key=lambda name: (-header.ITEM_BYTES[claims[name][0]], name))
-    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
-    for name in order:
-        dtype, shape = claims[name]
-        end = position + prod(shape) * header.ITEM_BYTES[dtype]
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
+    head, places = plan(claims, metadata)
+    stream.write(head)
+    for name in places:
         tensor = tensors[name]
         if isinstance(tensor, Streamed):
             _pour(stream, name, tensor)
         else:
             stream.write(_bytes(name, tensor, claims[name]))
+
+
+def plan(
+    claims: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The head of the file that `write` writes, and the byte of the file at which each tensor begins, in file order."""
+    order = sorted(claims, key=lambda name: (-header.ITEM_BYTES[claims[name][0]], name))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    places = {}
+    position = 0
+    for name in order:
+        dtype, shape = claims[name]
+        end = position + prod(shape) * header.ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        places[name], position = position, end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + place for name, place in places.items()}
 
 
 def sha256(path: str | Path, progress: Callable[[float], None] | None = None) -> str:
