@@ -10,6 +10,7 @@ MoergeError
  ├─ ParameterInvalid    a codec parameter is unknown or outside its range
  ├─ RecipeInvalid       a merge recipe is malformed: unknown method, unknown parameter, value out of range
  ├─ ExpertsIncompatible experts of one recipe cannot be merged with each other
+ ├─ StatisticsInvalid   statistics beside an adapter do not fit it, or hold what no statistics can
  ├─ QueryInvalid        a routing query breaks a rule
  ├─ IndexInvalid        vectors or a saved index do not fit what the routing index holds
  └─ EncoderInvalid      the installed encoder is not the one known here
@@ -78,6 +79,10 @@ class RecipeInvalid(MoergeError):
 
 class ExpertsIncompatible(MoergeError):
     """The experts of one recipe have different bases, kinds or shapes."""
+
+
+class StatisticsInvalid(MoergeError):
+    """Statistics beside an adapter are malformed, do not fit its modules, or are not finite."""
 
 
 class QueryInvalid(MoergeError):
