@@ -5,33 +5,41 @@ sees modules, LowRank factors and scalings.
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from moerge import table
 from moerge.errors import AdapterInvalid
 from moerge.tensors import config as configs
 from moerge.tensors import files, kinds, places, saving, scan
+from moerge.tensors.bases import BaseWeights
 from moerge.tensors.config import AdapterConfig
+from moerge.tensors.files import Float32
 from moerge.tensors.header import Header
 from moerge.tensors.kind import (
     AdapterFacts,
     Blocker,
+    Dense,
+    Gain,
     Kind,
     Layout,
     LowRank,
     ModuleFacts,
     Roles,
+    Site,
     Tensors,
+    Weights,
     invalid,
 )
 from moerge.tensors.targets import Targets
 
-__all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "Blocker", "Layout", "LowRank", "catalogue", "check", "content_digest", "load",
-           "parse_config", "save_lora", "scan_finite"]  # fmt: skip
+__all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "BaseWeights", "Blocker", "Dense", "Gain", "Layout", "LowRank",
+           "catalogue", "check", "content_digest", "load", "parse_config", "save_lora", "scan_finite"]  # fmt: skip
 
+Read = TypeVar("Read")
 parse_config = configs.parse
 save_lora = saving.save_lora
 _SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
@@ -74,42 +82,53 @@ def check(
         layouts={module: fact.layout for module, fact in sorted(facts.items())},
         saved=tuple(sorted(found.saved)),
         biases=tuple(sorted(found.biases)),
+        biased=tuple(sorted(module for module, tensors in found.roles.items() if "bias" in tensors)),
+        gains={module: tensors["gain"].size for module, tensors in sorted(found.roles.items()) if "gain" in tensors},
         blockers=blockers,
         warnings=tuple(found.warnings),
     )
 
 
-class Modules(Mapping[str, LowRank]):
-    """Module name -> LowRank; each look-up reads that module's tensors, so memory holds one module at a time."""
+class Lazy(Mapping[str, Read]):
+    """Name -> what `read` makes of it at each look-up, so memory holds one module at a time; in sorted order."""
 
-    def __init__(self, kind: Kind, roles: Roles, facts: Mapping[str, ModuleFacts], path: Path, header: Header) -> None:
-        self._kind, self._roles, self._path, self._header = kind, roles, path, header
-        self._facts = dict(sorted(facts.items()))
+    def __init__(self, names: Iterable[str], read: Callable[[str], Read]) -> None:
+        self._names, self._read = dict.fromkeys(sorted(names)), read
 
-    def __getitem__(self, module: str) -> LowRank:
-        facts = self._facts[module]
-        assert self._kind.low_rank is not None
-        with files.open_file(self._path, known=self._header) as file:
-            return self._kind.low_rank(file, self._roles[module], facts)
+    def __getitem__(self, name: str) -> Read:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
 
-    def __contains__(self, module: object) -> bool:
-        return module in self._facts
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._facts)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._facts)
+        return len(self._names)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on disk whose deltas can be formed; `modules` reads lazily, sorted by name."""
+    """An adapter on disk whose whole effect is known. All its mappings read lazily and are sorted by name.
+
+    `modules` are deltas of weights by module, `biases` deltas of the modules' output biases, `gains` what IA3
+    multiplies, `saved` the tensors that replace tensors of the base, by the base's names.
+    """
 
     config: AdapterConfig
     facts: AdapterFacts
     path: Path
-    modules: Modules
+    modules: Mapping[str, LowRank | Dense]
+    biases: Mapping[str, Float32]
+    gains: Mapping[str, Gain]
+    saved: Mapping[str, Float32]
+
+    @property
+    def family(self) -> str:
+        return self.facts.family
 
     @cached_property
     def digest(self) -> str:
@@ -122,11 +141,41 @@ def content_digest(weights_sha256: str, config_sha256: str) -> str:
     return hashlib.sha256(f"{weights_sha256}\n{config_sha256}".encode()).hexdigest()
 
 
-def load(config: AdapterConfig, path: str | Path, *, accept: Collection[str] = ()) -> Adapter:
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Opens the file for each look-up and hands one module or tensor to whoever asked."""
+
+    config: AdapterConfig
+    facts: AdapterFacts
+    path: Path
+    header: Header
+    roles: Roles
+    base: Weights | None
+
+    def module(self, form: Callable[[Site], Read]) -> Callable[[str], Read]:
+        """Reader of what `form` makes of a module."""
+
+        def read(module: str) -> Read:
+            facts = self.facts.module(module)
+            with files.open_file(self.path, known=self.header) as file:
+                return form(Site(file=file, config=self.config, module=module, tensors=self.roles[module], facts=facts,
+                                 base=self.base))  # fmt: skip
+
+        return read
+
+    def tensor(self, name: str) -> Float32:
+        with files.open_file(self.path, known=self.header) as file:
+            return file.float32(name)
+
+
+def load(
+    config: AdapterConfig, path: str | Path, *, accept: Collection[str] = (), base: BaseWeights | None = None
+) -> Adapter:
     """Open an adapter for merging.
 
     Raises AdapterInvalid when its deltas cannot be formed, saying why. `accept` holds pointers of blockers that the
-    caller deals with itself, such as "/modules_to_save" when it keeps one expert's `facts.saved` tensors.
+    caller deals with itself, such as "/modules_to_save" when it keeps one expert's `saved` tensors. `base`, which must
+    stay open as long as the adapter is read, removes the blockers that say so.
     """
     path = Path(path)
     with files.open_file(path) as file:
@@ -134,17 +183,21 @@ def load(config: AdapterConfig, path: str | Path, *, accept: Collection[str] = (
     facts = check(config, header)
     kind = _kind(config)
     for blocker in facts.blockers:
-        if blocker.pointer not in accept or kind.low_rank is None:
-            raise AdapterInvalid(f"{blocker.reason}: met {blocker.met}.", pointer=blocker.pointer, met=blocker.met,
-                                 wanted="an adapter whose whole effect is a low-rank delta", remedy=blocker.remedy,
-                                 rule="T4")  # fmt: skip
+        if (blocker.needs_base and base is not None) or (blocker.pointer in accept and kind.delta is not None):
+            continue
+        raise AdapterInvalid(f"{blocker.reason}: met {blocker.met}.", pointer=blocker.pointer, met=blocker.met,
+                             wanted="an adapter whose whole effect is known from its files", remedy=blocker.remedy,
+                             rule="T4")  # fmt: skip
     roles = places.sort(kind, config, Targets(config), header).roles
-    of_modules = {
-        module: ModuleFacts(rank=rank, shape=facts.shapes[module], scaling=facts.scalings[module],
-                            layout=facts.layouts[module])
-        for module, rank in facts.ranks.items()
-    }  # fmt: skip
-    return Adapter(config, facts, path, Modules(kind, roles, of_modules, path, header))
+    reader = _Reader(config=config, facts=facts, path=path, header=header, roles=roles, base=base)
+    assert kind.delta is not None
+    biases: Mapping[str, Float32] = Lazy(facts.biased, reader.module(kind.bias)) if kind.bias else {}
+    gains: Mapping[str, Gain] = Lazy(facts.gains, reader.module(kind.gain)) if kind.gain else {}
+    replaced = {places.of_base_tensor(name): name for name in (*facts.saved, *facts.biases)}
+    return Adapter(
+        config=config, facts=facts, path=path, modules=Lazy(facts.shapes, reader.module(kind.delta)), biases=biases,
+        gains=gains, saved=Lazy(replaced, lambda name: reader.tensor(replaced[name])),
+    )  # fmt: skip
 
 
 def scan_finite(path: str | Path, header: Header) -> tuple[str, ...]:

@@ -82,12 +82,13 @@ class Checkpoint:
         """One tensor as float32, the caller's own."""
         return self._home[name].float32(name)
 
-    def sha256(self, progress: Callable[[float], None] | None = None) -> str:
-        """SHA-256 of the file; of shards, that over the lines `<sha256>  <file name>`, sorted by name.
+    def file_digests(self, progress: Callable[[float], None] | None = None) -> dict[str, str]:
+        """SHA-256 of each file, by its name, sorted; `progress` hears the share of each file that is done."""
+        return {name: files.sha256(path, progress) for name, path in self._paths.items()}
 
-        `progress` hears the share of each file that is done.
-        """
-        digests = {name: files.sha256(path, progress) for name, path in self._paths.items()}
+    def sha256(self, progress: Callable[[float], None] | None = None) -> str:
+        """SHA-256 of the file; of shards, that over the lines `<sha256>  <file name>`, sorted by name."""
+        digests = self.file_digests(progress)
         if len(digests) == 1:
             return next(iter(digests.values()))
         return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,18 @@ class Layout:
 
     form: str = "linear"
     kernel: tuple[int, ...] = ()
+
+    def stored(self, delta: Array, *, fan_in_fan_out: bool = False) -> Array:
+        """A (d_out, d_in) matrix shaped as the base stores its weight."""
+        if self.form == "conv":
+            return delta.reshape(delta.shape[0], *self.kernel)
+        return delta.T if fan_in_fan_out or self.form == "embedding" else delta
+
+    def canonical(self, weight: Array, *, fan_in_fan_out: bool = False) -> Array:
+        """The weight of a base as a (d_out, d_in) matrix."""
+        if self.form == "conv":
+            return weight.reshape(weight.shape[0], -1)
+        return weight.T if fan_in_fan_out or self.form == "embedding" else weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +66,38 @@ class LowRank:
 
     def weight_delta(self, *, fan_in_fan_out: bool = False) -> Array:
         """The dense delta shaped as the base stores its weight: transposed for embeddings and fan_in_fan_out."""
-        delta = self.delta()
-        if self.layout.form == "conv":
-            return delta.reshape(delta.shape[0], *self.layout.kernel)
-        return delta.T if fan_in_fan_out or self.layout.form == "embedding" else delta
+        return self.layout.stored(self.delta(), fan_in_fan_out=fan_in_fan_out)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """The delta of one module where it is not of low rank: values (d_out, d_in), float32, rows as in LowRank."""
+
+    values: Float32
+    layout: Layout = Layout()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the delta."""
+        return int(self.values.shape[0]), int(self.values.shape[1])
+
+    def delta(self) -> Float32:
+        """The delta itself, (d_out, d_in)."""
+        return self.values
+
+    def weight_delta(self, *, fan_in_fan_out: bool = False) -> Array:
+        """The delta shaped as the base stores its weight: transposed for embeddings and fan_in_fan_out."""
+        return self.layout.stored(self.values, fan_in_fan_out=fan_in_fan_out)
+
+
+@dataclass(frozen=True, eq=False)
+class Gain:
+    """What IA3 multiplies the values of one module with, less one: `l - 1`, (d_in,) where it is feedforward, else
+    (d_out,).
+    """
+
+    values: Float32
+    is_feedforward: bool
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,9 @@ class AdapterFacts:
     """What config and header say together.
 
     `ranks`, `shapes` (d_out, d_in), `scalings` and `layouts` are per module and empty for kinds whose delta needs the
-    base. `saved` names tensors that replace tensors of the base (modules_to_save, embeddings), `biases` those of bias.
+    base. `saved` names tensors that replace tensors of the base (modules_to_save, embeddings), `biases` those of bias;
+    both by their names in the file. `biased` are the modules whose output gets a bias of the adapter's own, `gains`
+    the lengths of IA3's vectors by module.
     """
 
     kind: str
@@ -103,16 +146,51 @@ class AdapterFacts:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    biased: tuple[str, ...] = ()
+    gains: Mapping[str, int] = field(default_factory=dict)
     blockers: tuple[Blocker, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def module(self, name: str) -> ModuleFacts:
+        """What is known of one module whose delta can be formed."""
+        return ModuleFacts(rank=self.ranks[name], shape=self.shapes[name], scaling=self.scalings[name],
+                           layout=self.layouts[name])  # fmt: skip
+
+    @property
+    def family(self) -> str:
+        """Adapters of one family can be merged with each other: "ia3" multiplies, "lora" adds."""
+        return "ia3" if self.kind == "ia3" else "lora"
+
     @property
     def is_mergeable(self) -> bool:
+        """Whether it can be merged from its own files, without the base's weights."""
         return not self.blockers
 
 
 Tensors = Mapping[str, TensorInfo]
 Roles = Mapping[str, Tensors]
+
+
+class Weights(Protocol):
+    """The base model's weights by the module they belong to, as the base stores them; None where it has no such."""
+
+    def weight(self, module: str) -> Float32 | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One module of an adapter that is open for reading: all that its kind may need to say what it adds there."""
+
+    file: SafetensorsFile
+    config: AdapterConfig
+    module: str
+    tensors: Tensors
+    facts: ModuleFacts
+    base: Weights | None = None
+
+    def read(self, role: str) -> Float32:
+        """The tensor of a role, as float32."""
+        return self.file.float32(self.tensors[role].name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +199,10 @@ class Kind:
 
     `endings` maps what follows `base_model.model.<module>.` in a tensor's name to the tensor's role; a kind whose
     files are only kept has `markers` instead, beginnings of a part of the name. `blockers` says why deltas cannot be
-    formed; `check` looks for what is wrong with the tensors of each module and returns what it found; `low_rank`
-    forms the delta of one module. `extras` tells whether the config explains a tensor without a role. `zero_endings`
-    end the names of tensors that training moves away from zero.
+    formed; `check` looks for what is wrong with the tensors of each module and returns what it found; `delta` forms
+    the delta of one module, `bias` what it adds to the module's output whatever comes in (for modules with the role
+    "bias"), `gain` what it multiplies (for those with the role "gain"). `extras` tells whether the config explains a
+    tensor without a role. `zero_endings` end the names of tensors that training moves away from zero.
     """
 
     name: str
@@ -132,7 +211,9 @@ class Kind:
     markers: tuple[str, ...] = ()
     blockers: Callable[[AdapterConfig, Header], tuple[Blocker, ...]]
     check: Callable[[AdapterConfig, Roles, Targets], dict[str, ModuleFacts]] | None = None
-    low_rank: Callable[[SafetensorsFile, Tensors, ModuleFacts], LowRank] | None = None
+    delta: Callable[[Site], LowRank | Dense] | None = None
+    bias: Callable[[Site], Float32] | None = None
+    gain: Callable[[Site], Gain] | None = None
     extras: Callable[[AdapterConfig, str], bool] | None = None
     zero_endings: tuple[str, ...] = ()
 

@@ -21,7 +21,8 @@ _SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained a
 class Places:
     """Where each tensor of a file belongs: module -> role -> tensor, and what belongs to no module.
 
-    `loose` are tensors of a kind that is only kept, `saved` replace tensors of the base.
+    `loose` are tensors of a kind that is only kept, those that modules share, and copies of tensors of the base;
+    `saved` replace tensors of the base.
     """
 
     roles: dict[str, dict[str, TensorInfo]]
@@ -59,6 +60,11 @@ def sort(kind: Kind, config: AdapterConfig, targets: Targets, header: Header) ->
     return places
 
 
+def of_base_tensor(name: str) -> str:
+    """What the base calls the tensor that is saved under `name`."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
 def _role(kind: Kind, name: str) -> tuple[str, str]:
     """(module, role) of a tensor by the end of its name, or two empty strings."""
     if name.startswith(PREFIX):
@@ -81,12 +87,14 @@ def _embedding(path: str) -> str:
 
 def _judge_embeddings(places: Places, targets: Targets) -> None:
     """A stored embedding is a copy of the base's when it is itself a target, else probably one of a new size."""
-    for name in places.saved:
+    for name in tuple(places.saved):
         path = name.removeprefix(PREFIX)
         module = _embedding(path)
         if not module or targets.is_saved(path):
             continue
         if module in places.roles:
+            places.saved.remove(name)
+            places.loose.append(name)
             places.warnings.append(f"{name} is a copy of the base's embedding; merges leave it out.")
         else:
             places.blockers.append(

@@ -7,9 +7,8 @@ column-wise products of the given ones; so LoHa is a LoRA of rank r * r, exactly
 import numpy as np
 
 from moerge.tensors.config import AdapterConfig
-from moerge.tensors.files import SafetensorsFile
 from moerge.tensors.header import Header
-from moerge.tensors.kind import Blocker, Kind, LowRank, ModuleFacts, Roles, Tensors, invalid
+from moerge.tensors.kind import Blocker, Kind, LowRank, ModuleFacts, Roles, Site, invalid
 from moerge.tensors.targets import Targets
 
 _FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
@@ -56,9 +55,10 @@ def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, Mo
     return facts
 
 
-def low_rank(file: SafetensorsFile, tensors: Tensors, facts: ModuleFacts) -> LowRank:
+def delta(site: Site) -> LowRank:
     """((out, r), (r, in)) twice -> (r * r, in) and (out, r * r)."""
-    w1_a, w1_b, w2_a, w2_b = (file.float32(tensors[role].name) for role in _FACTORS)
+    facts = site.facts
+    w1_a, w1_b, w2_a, w2_b = (site.read(role) for role in _FACTORS)
     B = np.einsum("oi,oj->oij", w1_a, w2_a).reshape(facts.shape[0], facts.rank)
     A = np.einsum("ik,jk->ijk", w1_b, w2_b).reshape(facts.rank, facts.shape[1])
     return LowRank(A, B, facts.scaling, facts.layout)
@@ -70,6 +70,6 @@ SPEC = Kind(
     endings={f"hada_{role}": role for role in (*_FACTORS, "t1", "t2")},
     blockers=blockers,
     check=check,
-    low_rank=low_rank,
+    delta=delta,
     zero_endings=(".hada_w2_b",),
 )

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from math import prod, sqrt
 from typing import Any
 
+import numpy as np
+
 from moerge.tensors.config import AdapterConfig
-from moerge.tensors.files import SafetensorsFile
+from moerge.tensors.files import Float32
 from moerge.tensors.header import Header
-from moerge.tensors.kind import Blocker, Kind, Layout, LowRank, ModuleFacts, Roles, Tensors, invalid
+from moerge.tensors.kind import Blocker, Kind, Layout, LowRank, ModuleFacts, Roles, Site, Tensors, invalid
 from moerge.tensors.targets import Targets
 
 _SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
@@ -18,6 +20,7 @@ _CONVERT = (
     "Convert it to a plain LoRA: keep the adapter as initialised and pass its folder as "
     "path_initial_model_for_weight_conversion to save_pretrained after training."
 )
+_GIVE_BASE = "Have the operator put the weights of the base model into the hub, or train without this setting."
 _MERGE_YOURSELF = "Train without this setting, or share it for routing and download only."
 
 # "formed": understood here and part of the delta. "inert": does not change what a trained adapter computes.
@@ -33,6 +36,7 @@ FIELDS: Mapping[str, str] = {
     "layers_to_transform": "formed",
     "layers_pattern": "formed",
     "fan_in_fan_out": "formed",
+    "lora_bias": "formed",
     "init_lora_weights": "formed",
     "base_model_name_or_path": "formed",
     "peft_type": "formed",
@@ -54,7 +58,6 @@ FIELDS: Mapping[str, str] = {
     "velora_config": "inert",
     "monteclora_config": "inert",
     "use_dora": "DoRA rescales the columns of base plus delta, so its delta depends on the base (arXiv 2402.09353)",
-    "lora_bias": "a trained bias on B is added beside B @ A",
     "bias": "trained biases of the base are part of the adapter",
     "modules_to_save": "whole modules of the base are replaced",
     "trainable_token_indices": "rows of the embedding are replaced",
@@ -67,6 +70,8 @@ FIELDS: Mapping[str, str] = {
     "arrow_config": "it mixes other adapters per token",
     "kasa_config": "the base loses its smallest singular values first (arXiv 2412.06071)",
 }
+# Known as soon as the weights of the base are.
+_WITH_BASE = frozenset({"use_dora", "bias", "modules_to_save"})
 _VARIANT_TENSORS = {
     "kasa_config": "lora_diag",
     "velora_config": "lora_velora_",
@@ -81,12 +86,11 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 def blockers(config: AdapterConfig, header: Header) -> tuple[Blocker, ...]:
     """Every reason in config or file why B @ A alone is not what this adapter adds to the base."""
     found = [
-        Blocker(
-            f"/{name}", _shown(config.raw[name]), f"The delta cannot be formed from the file: {why}", _MERGE_YOURSELF
-        )
+        Blocker(f"/{name}", _shown(config.raw[name]), f"The delta cannot be formed from the file: {why}",
+                _GIVE_BASE if name in _WITH_BASE else _MERGE_YOURSELF, needs_base=name in _WITH_BASE)
         for name, why in FIELDS.items()
         if why not in ("formed", "inert") and _is_set(name, config.raw.get(name))
-    ]
+    ]  # fmt: skip
     start = config.raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         found.append(Blocker("/init_lora_weights", start, "The adapter is a delta to a changed base", _CONVERT))
@@ -143,11 +147,16 @@ def extras(config: AdapterConfig, name: str) -> bool:
     )
 
 
-def low_rank(file: SafetensorsFile, tensors: Tensors, facts: ModuleFacts) -> LowRank:
+def delta(site: Site) -> LowRank:
     """The factors of one module as matrices; a convolution's are flattened to (rank, in * kernel) and (out, rank)."""
-    a, b = tensors.get("A") or tensors["embedding_A"], tensors.get("B") or tensors["embedding_B"]
-    A, B = file.float32(a.name), file.float32(b.name)
+    facts = site.facts
+    A, B = (site.read(role if role in site.tensors else f"embedding_{role}") for role in "AB")
     return LowRank(A.reshape(facts.rank, -1), B.reshape(-1, facts.rank), facts.scaling, facts.layout)
+
+
+def bias(site: Site) -> Float32:
+    """What a trained bias on B adds to the output, (d_out,)."""
+    return np.float32(site.facts.scaling) * site.read("bias")
 
 
 def _check_roles(config: AdapterConfig, module: str, tensors: Tensors) -> None:
@@ -172,10 +181,10 @@ def _check_roles(config: AdapterConfig, module: str, tensors: Tensors) -> None:
         info = tensors["magnitude"]
         raise invalid("DoRA's magnitude does not fit its module", pointer=info.name, met=list(info.shape),
                       wanted=f"{second.shape[0]} values", remedy=_SAVE_AGAIN)  # fmt: skip
-    if ("lora_bias" in tensors) and not config.raw.get("lora_bias"):
+    if "bias" in tensors and not config.raw.get("lora_bias"):
         raise invalid(
             "Config and weights disagree about lora_bias",
-            pointer=tensors["lora_bias"].name,
+            pointer=tensors["bias"].name,
             met="a bias on B",
             wanted="lora_bias true in adapter_config.json",
             remedy=_SAVE_AGAIN,
@@ -203,11 +212,12 @@ SPEC = Kind(
         "lora_embedding_B": "embedding_B",
         "lora_magnitude_vector": "magnitude",
         "lora_magnitude_vector.weight": "magnitude",
-        "lora_B.bias": "lora_bias",
+        "lora_B.bias": "bias",
     },
     blockers=blockers,
     check=check,
-    low_rank=low_rank,
+    delta=delta,
+    bias=bias,
     extras=extras,
     zero_endings=(".lora_B.weight", ".lora_embedding_A"),
 )

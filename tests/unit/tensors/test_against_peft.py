@@ -192,7 +192,6 @@ def test_both_projections_of_a_multihead_attention_come_back(tmp_path):
 BLOCKED = {
     "/use_dora": {"use_dora": True},
     "/bias": {"bias": "all"},
-    "/lora_bias": {"lora_bias": True},
     "/modules_to_save": {"modules_to_save": ["pooler"]},
     "/trainable_token_indices": {"trainable_token_indices": [1, 3]},
     "/target_parameters": {"lora_dropout": 0.0, "target_parameters": ["key.weight"]},
