@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,9 @@ from django.conf import settings
 from django.db.models import Sum
 
 from moerge.tensors.adapters import AdapterConfig
+from moerge.tensors.header import Limits
 from registry import storage
-from registry.checks import adapters, cards, files
+from registry.checks import adapters, cards, files, statistics
 from registry.checks.adapters import Examined
 from registry.checks.cards import Card
 from registry.errors import BaseUnknown, Fault, FileNotFound, QuotaExceeded, TooLarge, UploadInvalid
@@ -55,6 +56,7 @@ class Plan:
     examined: Examined | None
     warnings: tuple[str, ...]
     manifest_digest: str
+    statistics: Mapping[str, Any] | None = None  # kinds and sha256 of stats.safetensors, where it is and fits
 
     def sources(self) -> list[Staged | Blob]:
         """Where the bytes of the tree are."""
@@ -106,8 +108,11 @@ def plan(
     for entry in new:
         if files.is_weights(entry.path):
             warnings += adapters.scan(entry.path, path_of(entry), limits=limits)
+    beside, said = _statistics(tree, examined, path_of, limits=limits)
+    warnings += said
     warnings += _lacking(card) if examined else []
-    return Plan(parent, tree, card, overrides, base, examined, tuple(dict.fromkeys(warnings)), manifest(tree))
+    unique = tuple(dict.fromkeys(warnings))
+    return Plan(parent, tree, card, overrides, base, examined, unique, manifest(tree), beside)
 
 
 def tree_of(parent: Revision | None, changes: Changes) -> dict[str, Entry]:
@@ -253,6 +258,23 @@ def _check_base(base: BaseModel, examined: Examined) -> None:
         f"{module} has a delta of {met[0]} x {met[1]}; {base.name} has {wanted[0]} x {wanted[1]} there.",
         faults=[Fault(files.pointer_of(files.WEIGHTS, module), list(met), list(wanted), remedy, "T4")],
     )
+
+
+def _statistics(
+    tree: Mapping[str, Entry], examined: Examined | None, path_of: Callable[[Entry], Path], *, limits: Limits
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Kinds and digest of the statistics beside the adapter, if there are any, and warnings."""
+    entry = tree.get(statistics.FILE)
+    if entry is None:
+        return None, []
+    kinds = statistics.examine(path_of(entry), examined.facts if examined else None, limits=limits)
+    if entry.is_new:
+        statistics.scan(path_of(entry))
+    if examined is None:
+        return None, []
+    is_old = not entry.is_new and tree[files.WEIGHTS].is_new
+    warnings = [f"{statistics.FILE} was gathered on other weights than these."] if is_old else []
+    return {"kinds": list(kinds), "sha256": entry.sha256}, warnings
 
 
 def _lacking(card: Card) -> list[str]:

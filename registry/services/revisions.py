@@ -214,6 +214,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     )
     shapes = {bases.pattern_of(module): list(shape) for module, shape in sorted(facts.shapes.items())}
     yield "shapes", dict(list(shapes.items())[:2000])
+    if plan.statistics is not None:
+        yield "statistics", dict(plan.statistics)
 
 
 def _write_files(revision: Revision, plan: Plan) -> None:
