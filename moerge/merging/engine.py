@@ -16,7 +16,7 @@ import threadpoolctl
 
 from moerge import table
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
-from moerge.merging import factors, methods, statistics
+from moerge.merging import factors, methods, parts, statistics
 from moerge.merging.base import Parameters, Spec
 from moerge.merging.exclusive import Split
 from moerge.merging.sources import Block, Delta, Factors, Source, Stream, Watch, delta_dtype
@@ -206,19 +206,16 @@ def _element_wise(method: ElementWise, stream: Stream, parameters: Parameters) -
 
 
 def _sum(method: Linear, stream: Stream, name: str, parameters: Parameters) -> Delta:
-    """A sum of deltas: on factors where all experts have factors, else value by value."""
+    """A sum of deltas: on factors where all experts have factors, else block by block."""
     members = stream.members(name)
-    coefficients = dict(zip(members, method.coefficients(stream.weights[list(members)], parameters), strict=True))
+    coefficients = method.coefficients(stream.weights[list(members)], parameters)
     owners = stream.owners(name)
-    deltas = [stream.sources[i].read(name) for i in owners]
+    deltas = [stream.sources[i].held(name) for i in owners]
     if all(isinstance(delta, Factors) for delta in deltas):
-        return factors.stack(cast("list[Factors]", deltas), [coefficients[i] for i in owners])
-    weights = [coefficients[i] for i in owners]
-    dtype = np.result_type(*(delta_dtype(delta) for delta in deltas))
-    result = np.zeros(stream.shapes[name], dtype=dtype)
-    for delta, weight in zip(deltas, weights, strict=True):
-        result += _dense(delta) * dtype.type(weight)
-    return result
+        found = dict(zip(members, coefficients, strict=True))
+        return factors.stack(cast("list[Factors]", deltas), [found[i] for i in owners])
+    stream.watch.expected += len(stream.spans(name))
+    return stream.map_blocks(name, lambda block: parts.weighted_total(block.values, coefficients))
 
 
 def _factor(method: Any, stream: Stream, name: str, parameters: Parameters) -> Delta:

@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 # 16 rows of a 4096 wide matrix: large enough for BLAS, small enough that a block of several experts stays in cache.
 TILE_VALUES = 1 << 16
 _TELLING = 0.01
+# Values of a stored delta that are read together for a sample.
+_SAMPLED_RUN = 256
 
 
 @runtime_checkable
@@ -56,8 +58,20 @@ class Factors(NamedTuple):
         return np.asarray(self.B @ self.A)
 
 
+@runtime_checkable
+class Stored(Protocol):
+    """A dense float32 delta that is read in stretches, such as the difference of two checkpoints on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self, start: int, stop: int, *, out: Array) -> Array:
+        """Values start .. stop of the flattened delta, into `out` (stop - start,)."""
+
+
 Delta = Array | Factors
 Given = Array | LowRank | Factors
+# What blocks are read from: a delta in memory, or one that stays where it is.
+Held = Delta | Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +84,24 @@ class Source:
 
     digest: str
     weight: float
-    tensors: Mapping[str, Given]
+    tensors: Mapping[str, Given | Stored]
     label: str = ""
     shapes: Mapping[str, tuple[int, ...]] | None = None
     statistics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def read(self, name: str) -> Delta:
         """The delta of one tensor; of factors with their scaling in A."""
+        held = self.held(name)
+        if isinstance(held, Stored):
+            size = int(np.prod(held.shape, dtype=np.int64))
+            return held.read(0, size, out=np.empty(size, dtype=np.float32)).reshape(held.shape)
+        return held
+
+    def held(self, name: str) -> Held:
+        """The delta of one tensor as `read` gives it, but left where it is when it can be read in stretches."""
         given = self.tensors[name]
+        if isinstance(given, Stored):
+            return given
         if isinstance(given, np.ndarray):
             return given if given.dtype.kind == "f" and given.dtype.itemsize >= 4 else given.astype(np.float32)
         if isinstance(given, Factors):
@@ -87,7 +111,7 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one delta."""
-        return tuple(self.shapes[name] if self.shapes else self.read(name).shape)
+        return tuple(self.shapes[name] if self.shapes else self.held(name).shape)
 
     def __str__(self) -> str:
         return self.label or self.digest[:12]
@@ -214,7 +238,7 @@ class Stream:
 
     def blocks(self, name: str, expert: int) -> Iterator[tuple[int, Array]]:
         """The stretches of one tensor of one expert that has it, with the flat index each begins at."""
-        delta = self.sources[expert].read(name)
+        delta = self.sources[expert].held(name)
         width = self.width(name)
         for first, last in self.spans(name):
             yield first * width, rows_of(delta, first, last)
@@ -222,7 +246,9 @@ class Stream:
 
     def sample(self, name: str, expert: int, count: int) -> Array:
         """About `count` values of one tensor spread evenly over its rows and columns, cheap to make."""
-        delta = self.sources[expert].read(name)
+        delta = self.sources[expert].held(name)
+        if isinstance(delta, Stored):
+            return _sample(delta, self.size(name), count)
         if isinstance(delta, Factors):
             side = max(1, int(np.sqrt(count)))
             rows = np.unique(np.linspace(0, delta.shape[0] - 1, min(side, delta.shape[0])).astype(np.intp))
@@ -237,11 +263,11 @@ class Stream:
 
         With several threads as many blocks are in flight at a time, each computed alone, so results do not change.
         """
-        return self._over(name, self.deltas(name), work)
+        return self._over(name, self._held(name), work)
 
     def map_blocks(self, name: str, work: Callable[[Block], Array]) -> Array:
         """What `work` makes of each block of a tensor, in the tensor's shape."""
-        deltas = self.deltas(name)
+        deltas = self._held(name)
         merged = np.empty(self.size(name), dtype=_common_dtype(deltas))
 
         def fill(block: Block) -> None:
@@ -255,8 +281,12 @@ class Stream:
         sources = [self.sources[i] for i in self.members(name)]
         return [source.read(name) if name in source.tensors else None for source in sources]
 
+    def _held(self, name: str) -> list[Held | None]:
+        sources = [self.sources[i] for i in self.members(name)]
+        return [source.held(name) if name in source.tensors else None for source in sources]
+
     def _over(
-        self, name: str, deltas: list[Delta | None], work: Callable[[Block], Result]
+        self, name: str, deltas: list[Held | None], work: Callable[[Block], Result]
     ) -> list[tuple[tuple[int, int], Result]]:
         members, dtype = self.members(name), _common_dtype(deltas)
         weights, digests = self.weights[list(members)], tuple(self.sources[i].digest for i in members)
@@ -275,12 +305,24 @@ class Stream:
         return run_all(one, self.spans(name), threads=self.threads)
 
 
-def _common_dtype(deltas: Sequence[Delta | None]) -> np.dtype[Any]:
+def _sample(delta: Stored, size: int, count: int) -> Array:
+    """Short runs of values at even distances, which cost as many reads as there are runs."""
+    run = min(size, _SAMPLED_RUN)
+    starts = np.unique(np.linspace(0, size - run, max(1, count // run)).astype(np.int64))
+    found = np.empty((len(starts), run), dtype=np.float32)
+    for start, row in zip(starts.tolist(), found, strict=True):
+        delta.read(start, start + run, out=row)
+    return found.ravel()
+
+
+def _common_dtype(deltas: Sequence[Held | None]) -> np.dtype[Any]:
     return np.result_type(*(delta_dtype(delta) for delta in deltas if delta is not None))
 
 
-def delta_dtype(delta: Delta) -> np.dtype[Any]:
+def delta_dtype(delta: Held) -> np.dtype[Any]:
     """The dtype that blocks of this delta have."""
+    if isinstance(delta, Stored):
+        return np.dtype(np.float32)
     return np.result_type(delta.B, delta.A) if isinstance(delta, Factors) else delta.dtype
 
 
@@ -289,8 +331,13 @@ def tile_rows(width: int) -> int:
     return max(1, TILE_VALUES // max(width, 1))
 
 
-def rows_of(delta: Delta, first: int, last: int, *, out: Array | None = None) -> Array:
+def rows_of(delta: Held, first: int, last: int, *, out: Array | None = None) -> Array:
     """Rows first .. last of a delta, flat. `first` lies on the grid of tiles."""
+    if isinstance(delta, Stored):
+        width = delta.shape[-1] if delta.shape else 1
+        if out is None:
+            out = np.empty((last - first) * width, dtype=np.float32)
+        return delta.read(first * width, last * width, out=out)
     if not isinstance(delta, Factors):
         flat = delta.reshape(-1, delta.shape[-1] if delta.ndim else 1)[first:last].ravel()
         if out is None:
