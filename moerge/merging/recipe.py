@@ -46,14 +46,15 @@ class Output:
 
     `lora` has a rank: `rank`, or as many as keep the share `energy` of the squared norm of each module, or the method's
     own where both are None. `ia3` takes IA3 experts and gives IA3. `delta` is the dense task vector, `ternary` the same
-    as a ComPEFT file of `density`, `full` the base with the delta added. `saved` names the expert whose saved modules
-    and other tensors that replace the base's are kept where they cannot be merged.
+    as a ComPEFT file of `density`, `full` the base with the delta added, in the base's own dtype where `dtype` is None.
+    `saved` names the expert whose saved modules and other tensors that replace the base's are kept as they are, instead
+    of being merged.
     """
 
     kind: str = "lora"
     rank: int | None = None
     energy: float | None = None
-    dtype: str = "float32"
+    dtype: str | None = "float32"
     density: float | None = None
     saved: str | None = None
 
@@ -212,14 +213,18 @@ def _output(value: object) -> Output:
     fields = _object(value, "/output", _OUTPUT_FIELDS)
     kind = _one_of(fields.get("kind", "lora"), "/output/kind", KINDS)
     rank, energy = _rank(fields.get("rank"), kind)
-    density, saved = fields.get("density"), fields.get("saved")
+    density, saved, dtype = fields.get("density"), fields.get("saved"), fields.get("dtype")
+    if dtype is not None or (kind != "full" and "dtype" in fields):
+        dtype = _one_of(dtype, "/output/dtype", DTYPES)
+    elif kind != "full":
+        dtype = "float32"
     if density is not None and kind != "ternary":
         raise _wrong(density, "/output/density", "none: only ternary output has a density")
     return Output(
         kind=kind,
         rank=rank,
         energy=energy,
-        dtype=_one_of(fields.get("dtype", "float32"), "/output/dtype", DTYPES),
+        dtype=dtype,
         density=None if density is None else _share(density, "/output/density"),
         saved=None if saved is None else _text(saved, "/output/saved"),
     )
