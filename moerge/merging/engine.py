@@ -241,7 +241,7 @@ def _core(method: Core, stream: Stream, name: str, parameters: Parameters) -> De
     dtype = np.result_type(*(delta_dtype(delta) for delta in present))
     if all(isinstance(delta, Factors) for delta in present):
         held = factors.cores(cast("list[Factors | None]", deltas))
-        return _cast(held.expand(method.merge(held.cores, stream.weights, held.ranks, parameters)), dtype)
+        return held.expand(method.merge(held.cores, stream.weights, held.ranks, parameters), dtype)
     shape = stream.shapes[name]
     values = np.stack([np.zeros(shape) if delta is None else _dense(delta).astype(np.float64) for delta in deltas])
     if len(shape) == 2:

@@ -5,6 +5,7 @@ Nothing here forms a d_out x d_in matrix except where a dense one is handed in. 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,12 @@ NEGLIGIBLE = 1e-6
 EXACT_SIDE = 256
 _ITERATIONS = 4
 _PANEL_ROWS = 512
+_GRAM_ROWS = 1024
+# A Gram matrix squares the condition: with eigenvalues down to this share of the largest float64 leaves six digits on
+# the weakest direction.
 _SAFE = 1e-10
+# Cores are worked on further, so their bases keep eight digits.
+_SAFE_CORE = 1e-8
 
 
 @dataclass(frozen=True)
@@ -82,20 +88,109 @@ def dense(delta: Delta) -> Array:
 
 
 def truncate(factors: Factors, rank: int) -> Truncated:
-    """The closest delta of at most `rank` to B @ A, by an SVD of the R x R core, balanced between both factors."""
-    B, A = factors.B.astype(np.float64), factors.A.astype(np.float64)
+    """The closest delta of at most `rank` to B @ A, balanced between both factors."""
+    found = None
+    if factors.rank <= min(factors.shape):
+        found = _by_grams(_gram(factors.B), _gram(factors.A.T), rank)
+    if found is None:
+        return _by_bases(factors, rank)
+    return Truncated(
+        _recombined(factors, found.left, found.right, dtype=np.result_type(*factors)),
+        float(found.squares[:rank].sum()),
+        float(found.squares.sum()),
+        found.squares,
+    )
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """B @ left and (A^T @ right)^T are the leading singular directions of B @ A, each times the root of its value.
+
+    `squares` are all squared singular values, falling.
+    """
+
+    left: Float64
+    right: Float64
+    squares: Float64
+
+
+def _by_grams(left: Float64, right: Float64, rank: int) -> _Turned | None:
+    """The leading directions of B @ A from B^T B and A A^T alone, or None where float64 is too coarse for that.
+
+    With B^T B = L L^T the left directions are B L^-T u for the eigenvectors u of L^T A A^T L, whose eigenvalues are the
+    squared singular values. The right ones are the left ones seen through B @ A, so the product is a projection of it.
+    """
+    gauge = _gauge(left.diagonal(), right.diagonal())
+    scales = np.outer(gauge, gauge)
+    half = _half(left * scales, condition=1 / _SAFE)
+    if half is None:
+        return None
+    squares, vectors = np.linalg.eigh(half.core.T @ (right / scales) @ half.core)
+    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1][:, :rank]
+    if squares[:rank][-1] <= _SAFE * squares[0]:
+        return None
+    root = np.sqrt(np.sqrt(squares[:rank]))
+    return _Turned(
+        gauge[:, None] * (half.inverse.T @ (vectors * root)),
+        (half.core @ (vectors / root)) / gauge[:, None],
+        squares,
+    )
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The Cholesky factor L of a Gram matrix and its inverse: columns @ inverse.T are orthonormal."""
+
+    core: Float64
+    inverse: Float64
+
+
+def _half(gram: Float64, *, condition: float) -> _Half | None:
+    """L of gram = L L^T, or None where the condition of the matrix may exceed the given one."""
+    try:
+        L = np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:
+        return None
+    inverse = np.linalg.inv(L)
+    # The trace bounds the largest eigenvalue, and that of the inverse matrix the smallest one.
+    is_safe = float(gram.trace()) * float(np.square(inverse).sum()) < condition
+    return _Half(L, inverse) if is_safe else None
+
+
+def _gram(columns: Array) -> Float64:
+    """columns^T columns, (d, R) -> (R, R), in float64 without a copy of it all."""
+    total = np.zeros((columns.shape[1], columns.shape[1]))
+    for start in range(0, len(columns), _GRAM_ROWS):
+        panel = columns[start : start + _GRAM_ROWS].astype(np.float64)
+        total += panel.T @ panel
+    return total
+
+
+def _recombined(factors: Factors, left: Float64, right: Float64, *, dtype: np.dtype[Any]) -> Factors:
+    """(B @ left, right^T @ A), each value computed in float64 and rounded once."""
+    B = np.empty((len(factors.B), left.shape[1]), dtype=dtype)
+    A = np.empty((right.shape[1], factors.A.shape[1]), dtype=dtype)
+    for whole, mapping, found in ((factors.B, left, B), (factors.A.T, right, A.T)):
+        for start in range(0, len(whole), _PANEL_ROWS):
+            found[start : start + _PANEL_ROWS] = whole[start : start + _PANEL_ROWS].astype(np.float64) @ mapping
+    return Factors(B, A)
+
+
+def _by_bases(factors: Factors, rank: int) -> Truncated:
+    """The closest delta by Householder QR of both factors and an SVD of the R x R core, whatever their condition."""
+    B, A = factors
     # The same delta with each column of B as long as its row of A: experts whose B is tiny and whose A is huge, or the
     # other way round, then lose nothing.
-    gauge = _gauge(np.einsum("ij,ij->j", B, B), np.einsum("ij,ij->i", A, A))
-    left, right = _span(B * gauge), _span((A / gauge[:, None]).T)
-    U, S, Vt = np.linalg.svd(left.core @ right.core.T, full_matrices=False)
+    gauge = _gauge(
+        np.einsum("ij,ij->j", B, B, dtype=np.float64),
+        np.einsum("ij,ij->i", A, A, dtype=np.float64),
+    )
+    Q_B, R_B = np.linalg.qr(B * gauge)
+    Q_A, R_A = np.linalg.qr((A / gauge[:, None]).T)
+    U, S, Vt = np.linalg.svd(R_B @ R_A.T, full_matrices=False)
     rank = min(rank, S.size)
     root = np.sqrt(S[:rank])
-    dtype = np.result_type(*factors)
-    found = Factors(
-        (left.columns @ (left.inverse @ (U[:, :rank] * root))).astype(dtype),
-        np.ascontiguousarray((right.columns @ (right.inverse @ (Vt[:rank].T * root))).T.astype(dtype)),
-    )
+    found = _recombined(Factors(Q_B, Q_A.T), U[:, :rank] * root, Vt[:rank].T * root, dtype=np.result_type(*factors))
     return Truncated(found, float(S[:rank] @ S[:rank]), float(S @ S), S * S)
 
 
@@ -105,29 +200,6 @@ def _gauge(left: Float64, right: Float64) -> Float64:
     return np.asarray(
         np.where(is_zero, 1.0, np.sqrt(np.sqrt(np.where(is_zero, 1.0, right) / np.where(is_zero, 1.0, left))))
     )
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Columns X, (d, R), as orthonormal directions X @ inverse, (d, k), and their core, (k, R): X = X inverse core."""
-
-    columns: Float64
-    inverse: Float64
-    core: Float64
-
-
-def _span(columns: Float64) -> _Span:
-    """Orthonormal directions of some columns, from their Gram matrix where that is safe, else by Householder QR.
-
-    The Gram matrix squares the condition, and takes a third of the time: with eigenvalues down to 1e-10 of the largest
-    float64 leaves six digits on the weakest direction.
-    """
-    sizes, vectors = np.linalg.eigh(columns.T @ columns)
-    if columns.shape[1] <= columns.shape[0] and sizes[0] > _SAFE * sizes[-1]:
-        root = np.sqrt(sizes)
-        return _Span(columns, vectors / root, root[:, None] * vectors.T)
-    Q, R = np.linalg.qr(columns)
-    return _Span(Q, np.eye(Q.shape[1]), R)
 
 
 def truncate_dense(delta: Array, rank: int, *, key: tuple[int, int]) -> Truncated:
@@ -208,17 +280,23 @@ def polar(matrix: Float64) -> Float64:
 
 @dataclass(frozen=True)
 class Cores:
-    """Deltas in the bases their factors span together: delta_t = left @ cores[t] @ right."""
+    """Deltas in the bases their factors span together: delta_t = (B @ left) @ cores[t] @ (A^T @ right)^T.
 
+    B (d_out, R) and A (R, d_in) are the factors side by side, or already orthonormal; B @ left and A^T @ right have
+    orthonormal columns.
+    """
+
+    factors: Factors
     left: Float64
     cores: Float64
     right: Float64
     ranks: tuple[int, ...]
 
-    def expand(self, core: Float64) -> Factors:
+    def expand(self, core: Float64, dtype: npt.DTypeLike = np.float64) -> Factors:
         """A merged core as balanced factors of full core rank."""
         U, S, Vt = np.linalg.svd(core, full_matrices=False)
-        return _balanced(self.left @ U, S, Vt @ self.right, rank=S.size, dtype=np.dtype(np.float64)).factors
+        root = np.sqrt(S)
+        return _recombined(self.factors, self.left @ (U * root), self.right @ (Vt.T * root), dtype=np.dtype(dtype))
 
 
 def cores(items: Sequence[Factors | None]) -> Cores:
@@ -227,6 +305,41 @@ def cores(items: Sequence[Factors | None]) -> Cores:
     Each expert is first brought to its own balanced SVD, so that the result depends on deltas and not on how training
     split them into B and A. Directions that the experts share, or do not have, are dropped below 1e-6 of the largest.
     """
+    present = [item for item in items if item is not None]
+    found = None
+    if sum(item.rank for item in present) <= min(present[0].shape):
+        found = _cores_by_grams(items, stack(present, [1.0] * len(present)))
+    return _cores_by_bases(items) if found is None else found
+
+
+def _cores_by_grams(items: Sequence[Factors | None], whole: Factors) -> Cores | None:
+    """The cores from the Gram matrices of all factors side by side, or None where a direction is too weak for that."""
+    grams = [_gram(whole.B), _gram(whole.A.T)]
+    turns = [np.zeros_like(gram) for gram in grams]
+    places = _places(items)
+    for place in places:
+        if place.start < place.stop:
+            own = _by_grams(grams[0][place, place], grams[1][place, place], place.stop - place.start)
+            if own is None:
+                return None
+            turns[0][place, place], turns[1][place, place] = own.left, own.right
+    halves = [_half(turn.T @ gram @ turn, condition=1 / _SAFE_CORE) for gram, turn in zip(grams, turns, strict=True)]
+    if halves[0] is None or halves[1] is None:
+        return None
+    left, right = halves[0], halves[1]
+    stacked = np.stack([left.core[place].T @ right.core[place] for place in places])
+    ranks = tuple(place.stop - place.start for place in places)
+    return Cores(whole, turns[0] @ left.inverse.T, stacked, turns[1] @ right.inverse.T, ranks)
+
+
+def _places(items: Sequence[Factors | None]) -> list[slice]:
+    """Where each expert's directions stand among all of them."""
+    ends = np.cumsum([0, *(0 if item is None else item.rank for item in items)]).tolist()
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _cores_by_bases(items: Sequence[Factors | None]) -> Cores:
+    """The cores by QR and SVD of all factors side by side, whatever their condition."""
     own = [None if item is None else _canonical(item) for item in items]
     present = [item for item in own if item is not None]
     left = _basis(np.concatenate([item.B for item in present], axis=1))
@@ -235,7 +348,8 @@ def cores(items: Sequence[Factors | None]) -> Cores:
     for row, item in zip(stacked, own, strict=True):
         if item is not None:
             row[:] = (left.T @ item.B) @ (item.A @ right)
-    return Cores(left, stacked, right.T, tuple(0 if item is None else item.rank for item in own))
+    ranks = tuple(0 if item is None else item.rank for item in own)
+    return Cores(Factors(left, right.T), np.eye(left.shape[1]), stacked, np.eye(right.shape[1]), ranks)
 
 
 def _canonical(item: Factors) -> Factors:

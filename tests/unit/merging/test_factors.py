@@ -106,11 +106,12 @@ def test_cores_expand_to_the_deltas_they_stand_for():
     held = factors.cores([items[0], None, items[1], items[2]])
     assert held.cores.shape == (4, 9, 9)
     assert held.ranks == (3, 0, 2, 4)
-    np.testing.assert_allclose(held.left.T @ held.left, np.eye(9), atol=1e-12)
-    np.testing.assert_allclose(held.right @ held.right.T, np.eye(9), atol=1e-12)
+    left, right = held.factors.B @ held.left, held.factors.A.T @ held.right
+    np.testing.assert_allclose(left.T @ left, np.eye(9), atol=1e-12)
+    np.testing.assert_allclose(right.T @ right, np.eye(9), atol=1e-12)
     for item, core in zip([items[0], None, items[1], items[2]], held.cores, strict=True):
         wanted = np.zeros((40, 30)) if item is None else item.delta()
-        np.testing.assert_allclose(held.left @ core @ held.right, wanted, atol=1e-10)
+        np.testing.assert_allclose(left @ core @ right.T, wanted, atol=1e-10)
         np.testing.assert_allclose(held.expand(core).delta(), wanted, atol=1e-10)
 
 
