@@ -1,7 +1,7 @@
 """The weights of a base model: read one tensor at a time, found under the names that adapters use for them."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,12 @@ def digest(folder: str | Path, progress: Callable[[float], None] | None = None) 
     `progress` hears the share of each file that is done. Raises CheckpointInvalid, HeaderInvalid, OSError.
     """
     with checkpoints.open_checkpoint(folder) as checkpoint:
-        return _digest(checkpoint, progress)
+        return digest_of(checkpoint.file_digests(progress))
+
+
+def digest_of(sha256s: Mapping[str, str]) -> str:
+    """What `digest` is of a checkpoint whose files have these SHA-256, by name."""
+    return hashlib.sha256("".join(f"{name} {sha256s[name]}\n" for name in sorted(sha256s)).encode()).hexdigest()
 
 
 class BaseWeights:
@@ -55,7 +60,7 @@ class BaseWeights:
     @cached_property
     def digest(self) -> str:
         """What `digest` of the folder is."""
-        return self._digest or _digest(self._checkpoint)
+        return self._digest or digest_of(self._checkpoint.file_digests())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,8 +101,3 @@ def _ends(name: str) -> list[str]:
     parts = name.split(".")
     numbered = next((position for position, part in enumerate(parts) if part.isdecimal()), len(parts))
     return [".".join(parts[cut:]) for cut in range(1, min(numbered, len(parts) - 2) + 1)]
-
-
-def _digest(checkpoint: Checkpoint, progress: Callable[[float], None] | None = None) -> str:
-    lines = (f"{name} {sha256}\n" for name, sha256 in checkpoint.file_digests(progress).items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
