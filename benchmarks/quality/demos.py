@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ class Demo:
     folder: Path
     label_texts: tuple[str, ...]
     test: Rows
+
+    def first(self, count: int) -> "Demo":
+        """The same with about `count` rows spread over the split, all of them for 0."""
+        step = max(1, len(self.test) // count) if count else 1
+        return replace(self, test=Rows(self.test.texts[::step], self.test.labels[::step]))
 
 
 def read(data: Path, examples: Path) -> list[Demo]:

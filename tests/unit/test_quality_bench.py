@@ -282,6 +282,41 @@ def test_a_linear_merge_adds_half_of_every_delta_to_the_base(base):
     assert not np.array_equal(wanted, base.model.get_submodule(name).weight.detach().numpy())
 
 
+def test_a_scaled_merge_adds_that_share_of_the_sum_of_deltas(base):
+    from safetensors.numpy import load_file
+
+    from benchmarks.quality import merges
+
+    folder = ROOT / "examples" / "experts" / "kitchen-and-dining"
+    name = "encoder.layer.3.attention.self.value"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+    untouched = base.model.get_submodule(name).weight.detach().numpy().copy()
+    for method, times in (("task_arithmetic", 2), ("linear", 2), ("multislerp", 1)):
+        found = merges.scaled(method, [folder, folder], base, scale=0.25).get_submodule(name).weight.detach().numpy()
+        # The alpha is 16 at rank 4; a sum has two such experts, the mean on a sphere one.
+        np.testing.assert_allclose(found, untouched + 0.25 * times * 4 * (B @ A), atol=1e-6, err_msg=method)
+
+
+def test_the_first_rows_of_a_demo_are_spread_over_its_split():
+    from benchmarks.quality import demos
+
+    rows = tasks.Rows(tuple("abcdefg"), (0, 1, 2, 3, 4, 5, 6))
+    demo = demos.Demo("x", Path(), ("l",), rows)
+    assert demo.first(3).test == tasks.Rows(("a", "c", "e", "g"), (0, 2, 4, 6))
+    assert demo.first(0).test == demo.first(9).test == rows
+
+
+def test_methods_that_need_more_than_adapters_are_not_measured():
+    from benchmarks import merge_quality
+
+    names = {spec.name for spec in merge_quality.chosen(None)}
+    assert {"linear", "ties", "knots", "opcm"} <= names
+    assert not {"fisher", "regmean", "slerp", "lm_cocktail"} & names
+    with pytest.raises(ValueError, match="fisher"):
+        merge_quality.chosen("linear,fisher")
+
+
 def test_demo_experts_come_with_their_spelled_label_texts_and_only_their_rows(tmp_path):
     from benchmarks.quality import demos
 
