@@ -6,10 +6,11 @@ HubError
  ├─ Refused         NotAllowed ScopeMissing QuotaExceeded RateExceeded
  ├─ Invalid         UploadInvalid RecipeInvalid NameInvalid QueryInvalid BaseUnknown RequestInvalid
  ├─ TooLarge        a body, file or upload above its limit
- ├─ Conflict        NameTaken ExpertsIncompatible NotReady FormFailed OffsetMismatch
+ ├─ Conflict        NameTaken ExpertsIncompatible LicenceBlocked LicenceUnacknowledged NothingToMerge NotReady
+ │                  FormFailed MergeFailed MergeNotReproduced TimeExceeded MemoryExceeded OffsetMismatch
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
- └─ Unavailable     StorageUnavailable IndexNotReady FormPending (jobs retry these, and only these)
+ └─ Unavailable     StorageUnavailable IndexNotReady FormPending MergePending (jobs retry these, and only these)
 
 The class name in kebab-case is the code; `docs/errors.md` has a heading for each.
 """
@@ -183,6 +184,18 @@ class ExpertsIncompatible(Conflict):
     title = "These experts cannot be merged"
 
 
+class LicenceBlocked(Conflict):
+    title = "The licences of these experts do not allow their merge"
+
+
+class LicenceUnacknowledged(Conflict):
+    title = "Somebody must answer for licences that are not known"
+
+
+class NothingToMerge(Conflict):
+    title = "No expert was found that could be merged"
+
+
 class NotReady(Conflict):
     title = "Not ready yet"
 
@@ -193,6 +206,26 @@ class FormFailed(Conflict):
     def __init__(self, detail: str, *, job_id: str, faults: Sequence[Fault] = ()) -> None:
         super().__init__(detail, faults=faults)
         self.job_id = job_id
+
+
+class MergeFailed(Conflict):
+    title = "The merge could not be computed"
+
+    def __init__(self, detail: str, *, job_id: str, faults: Sequence[Fault] = ()) -> None:
+        super().__init__(detail, faults=faults)
+        self.job_id = job_id
+
+
+class MergeNotReproduced(Conflict):
+    title = "The merge came out differently than the first time"
+
+
+class TimeExceeded(Conflict):
+    title = "The work took longer than it may"
+
+
+class MemoryExceeded(Conflict):
+    title = "The work needed more memory than it may have"
 
 
 class OffsetMismatch(HubError):
@@ -236,6 +269,14 @@ class IndexNotReady(Unavailable):
 
 class FormPending(Unavailable):
     title = "The compressed form is being made"
+
+    def __init__(self, detail: str, *, job_id: str) -> None:
+        super().__init__(detail, retry_after_seconds=2)
+        self.job_id = job_id
+
+
+class MergePending(Unavailable):
+    title = "The merge is being computed"
 
     def __init__(self, detail: str, *, job_id: str) -> None:
         super().__init__(detail, retry_after_seconds=2)

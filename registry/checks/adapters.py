@@ -17,6 +17,7 @@ class Examined:
 
     config: AdapterConfig
     facts: AdapterFacts
+    saved_shapes: dict[str, list[int]]  # of the tensors that replace tensors of the base
 
 
 def read_config(file: Path) -> AdapterConfig:
@@ -31,7 +32,8 @@ def examine(config: AdapterConfig, weights: Path, *, limits: header.Limits) -> E
     """Whether config and weights fit together, by the header alone. Raises UploadInvalid."""
     found = files.read_header(files.WEIGHTS, weights, limits=limits)
     try:
-        return Examined(config, adapters.check(config, found))
+        facts = adapters.check(config, found)
+        return Examined(config, facts, {name: list(found.tensors[name].shape) for name in (*facts.saved, *facts.biases)})
     except MoergeError as error:
         # What the config says is wrong in the config, what a tensor is called or holds is wrong in the weights.
         where = files.CONFIG if error.pointer.startswith("/") else files.WEIGHTS

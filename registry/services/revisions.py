@@ -33,7 +33,7 @@ from registry.models import (
     UploadFile,
     User,
 )
-from registry.services import audit, bases, blobs, experts, plans
+from registry.services import audit, bases, blobs, experts, layouts, plans
 from registry.services.blobs import Staged
 from registry.services.plans import Changes, Plan
 
@@ -208,12 +208,21 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield (
         "blockers",
         [
-            {"pointer": item.pointer, "met": item.met, "reason": item.reason, "remedy": item.remedy}
+            {
+                "pointer": item.pointer,
+                "met": item.met,
+                "reason": item.reason,
+                "remedy": item.remedy,
+                "needs_base": item.needs_base,
+            }
             for item in facts.blockers[:50]
         ],
     )
     shapes = {bases.pattern_of(module): list(shape) for module, shape in sorted(facts.shapes.items())}
     yield "shapes", dict(list(shapes.items())[:2000])
+    yield "family", facts.family
+    yield "layout", layouts.pack(facts.shapes or {name: (size, 0) for name, size in facts.gains.items()}, facts.ranks)
+    yield "saved_shapes", dict(list(plan.examined.saved_shapes.items())[:1000])
     if plan.statistics is not None:
         yield "statistics", dict(plan.statistics)
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from moerge.merging import kinship as measures
-from moerge.tensors.adapters import LowRank
+from moerge.merging.sources import Given
+from moerge.tensors.adapters import Adapter, Dense, Gain
 from registry.models import Revision
 from registry.services import kinship
 from workers.jobs import merge
@@ -25,9 +26,8 @@ def run(work: Work) -> dict[str, Any]:
     rows = Revision.objects.in_bulk(ids.values())
     with ExitStack() as opened:
         loaded = [merge.load(rows[ids[digest]], opened) for digest in digests]
-        expected = READINGS * sum(len(adapter.modules) for adapter in loaded)
-        told = _Told(work, expected)
-        found = measures.measure([_Watched(adapter.modules, told) for adapter in loaded])
+        told = _Told(work, READINGS * sum(len(_changes(adapter)) for adapter in loaded))
+        found = measures.measure([_Watched(_changes(adapter), told) for adapter in loaded])
     place = {digest: position for position, digest in enumerate(digests)}
     pairs = [(first, second) for first, second in work.lease.parameters[kinship.PAIRS]]
     kinship.record(
@@ -44,6 +44,11 @@ def _figure(value: np.float64) -> float:
     return float(f"{value:.6g}")
 
 
+def _changes(adapter: Adapter) -> Mapping[str, Any]:
+    """What an adapter changes by module: deltas of the weights, or the gains of IA3."""
+    return adapter.gains if adapter.family == "ia3" and not adapter.modules else adapter.modules
+
+
 class _Told:
     """Counts readings, tells progress, and stops the job when it is cancelled."""
 
@@ -55,22 +60,23 @@ class _Told:
         self._work.progress(min(0.99, self._done / max(1, self._expected)), "Comparing experts")
 
 
-class _Watched(Mapping[str, LowRank]):
-    """The modules of an adapter; every reading is told."""
+class _Watched(Mapping[str, Given]):
+    """What an adapter changes; every reading is told."""
 
-    def __init__(self, modules: Mapping[str, LowRank], told: _Told) -> None:
-        self._modules, self._told = modules, told
+    def __init__(self, changes: Mapping[str, Any], told: _Told) -> None:
+        self._changes, self._told = changes, told
 
-    def __getitem__(self, name: str) -> LowRank:
+    def __getitem__(self, name: str) -> Given:
         self._told.step()
-        return self._modules[name]
+        found = self._changes[name]
+        return found.values if isinstance(found, Dense | Gain) else found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._modules)
+        return iter(self._changes)
 
     def __len__(self) -> int:
-        return len(self._modules)
+        return len(self._changes)
 
     def __contains__(self, name: object) -> bool:
         # Mapping's own would read the module to see whether it is there.
-        return name in self._modules
+        return name in self._changes

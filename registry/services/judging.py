@@ -1,0 +1,263 @@
+"""Whether the experts of a recipe can be merged with each other and into what is wanted, from rows alone.
+
+Everything here is said before a merge has a row or a job, and names the expert and the field.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from django.conf import settings
+
+from moerge.merging import cost
+from moerge.merging.base import output_rank
+from moerge.merging.cost import Cost
+from moerge.merging.recipe import Recipe
+from registry.errors import ExpertsIncompatible, Fault, RecipeInvalid
+from registry.models import BaseModel
+from registry.services.parents import Parent
+
+MOST_NAMES = 20
+_VOCABULARY = ("embed", "wte", "lm_head", "head", "shared", "score", "classifier")
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The modules that an expert lacks and another has: how many, and the first names."""
+
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A recipe that may be carried out. `cost` is None where a revision is too old to tell its modules."""
+
+    recipe: Recipe
+    cost: Cost | None
+    missing: Mapping[int, Missing]  # by the expert's position in the request
+    warnings: tuple[str, ...]
+
+
+def judge(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Judgement:
+    """Raises ExpertsIncompatible or RecipeInvalid. The recipe names the base's weights where the result needs them."""
+    _check_kept(recipe, parents)
+    recipe = _with_base(recipe, parents, base=base)
+    _check_shapes(recipe, parents)
+    found = _cost(recipe, parents, base=base)
+    if found is not None:
+        _check_rank(recipe, parents, found)
+        _check_memory(found)
+    missing = _missing(parents)
+    return Judgement(recipe, found, missing, tuple(_warnings(recipe, parents, found, missing)))
+
+
+def incompatible(detail: str, pointer: str, met: object, wanted: object, remedy: str) -> ExpertsIncompatible:
+    """A refusal with one fault."""
+    return ExpertsIncompatible(detail, faults=[Fault(pointer, met, wanted, remedy)])
+
+
+def _check_kept(recipe: Recipe, parents: Sequence[Parent]) -> None:
+    names = [parent.name for parent in parents]
+    if recipe.output.saved is not None and recipe.output.saved not in names:
+        wanted = "one of " + ", ".join(names[:MOST_NAMES])
+        raise RecipeInvalid(
+            f"{recipe.output.saved[:200]} is no expert of this recipe.",
+            faults=[Fault("/output/saved", recipe.output.saved[:200], wanted, "Name an expert of the recipe.")],
+        )
+
+
+# The base's weights
+
+
+def _with_base(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Recipe:
+    """The recipe with the digest of the base's weights where the result depends on them, and without elsewhere."""
+    known = base.weights.get("digest")
+    if recipe.base_weights not in (None, known):
+        remedy = "Leave base_weights out, or have the operator add those weights."
+        fault = Fault("/base_weights", recipe.base_weights, known or "none: the hub has no weights of it", remedy)
+        raise ExpertsIncompatible(f"The hub has other weights of {base.name}, or none.", faults=[fault])
+    faults = _needing_base(recipe, parents, base=base)
+    if faults and not known:
+        raise ExpertsIncompatible(faults[0][0], faults=[fault for _, fault in faults])
+    return replace(recipe, base_weights=known if faults else None)
+
+
+def _needing_base(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> list[tuple[str, Fault]]:
+    """What cannot be done without the base's weights: sentence and fault of each, which says how they are added.
+
+    Raises ExpertsIncompatible for what cannot be done at all.
+    """
+    remedy = f"An operator adds the weights of the base: bin/manage add_base_weights {base.name} FOLDER"
+    weights = f"the weights of {base.name}, which the hub does not have"
+    keeps_saved = recipe.output.saved is not None
+    found: list[tuple[str, Fault]] = []
+    for parent in parents:
+        blockers = parent.blockers(keeps_saved=keeps_saved)
+        hopeless = [item for item in blockers if not item.get("needs_base")]
+        if hopeless:
+            raise _blocked(parent, hopeless)
+        for item in blockers:
+            detail = f"{parent.name} cannot be merged without the base ({item['pointer']}): {item['reason']}."
+            found.append((detail, Fault(f"{parent.pointer}/expert", item["met"], weights, remedy)))
+    families = {parent.family for parent in parents}
+    if recipe.output.kind == "ia3":
+        for parent in parents:
+            if parent.family != "ia3":
+                raise incompatible(
+                    f"{parent.name} is no IA3 adapter, so it cannot go into IA3 output.",
+                    f"{parent.pointer}/expert",
+                    parent.kind,
+                    "ia3",
+                    "Ask for output lora or delta, or leave it out.",
+                )
+    elif "ia3" in families:
+        first = parents[0]
+        other = next((parent for parent in parents if parent.family != first.family), first)
+        if other is not first:
+            detail = (
+                f"{other.name} is {other.kind} and {first.name} is {first.kind}: they meet only as deltas of the base."
+            )
+        else:
+            detail = f"{first.name} multiplies what the base computes, so {recipe.output.kind} output needs the base."
+        pointer = f"{other.pointer}/expert" if other is not first else "/output/kind"
+        found.append((detail, Fault(pointer, other.kind, f"{first.kind}, or {weights}", remedy)))
+    if recipe.output.kind == "full":
+        detail = f"Full weights are the base with the delta added, and the hub has no weights of {base.name}."
+        found.append((detail, Fault("/output/kind", "full", weights, f"{remedy}. Or ask for output lora or delta.")))
+    return found
+
+
+def _blocked(parent: Parent, blockers: Sequence[Mapping[str, Any]]) -> ExpertsIncompatible:
+    first = blockers[0]
+    faults = [
+        Fault(f"{parent.pointer}/expert", item["met"], "an adapter whose delta can be formed", item["remedy"])
+        for item in blockers
+    ]
+    return ExpertsIncompatible(
+        f"{parent.name} cannot be merged ({first['pointer']}): {first['reason']}.", faults=faults
+    )
+
+
+# Shapes, ranks, memory
+
+
+def _check_shapes(recipe: Recipe, parents: Sequence[Parent]) -> None:
+    """Raise ExpertsIncompatible where two experts have a module, or a saved tensor, of different shapes."""
+    known: dict[str, tuple[tuple[int, ...], Parent]] = {}
+    for parent in parents:
+        shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in (parent.modules or {}).items()}
+        if recipe.output.saved is None:
+            shapes |= parent.saved
+        for name, shape in shapes.items():
+            wanted, other = known.setdefault(name, (shape, parent))
+            if wanted != shape and parent.family == other.family:
+                raise _unlike(name, shape, parent, wanted, other)
+
+
+def _unlike(
+    name: str, met: tuple[int, ...], parent: Parent, wanted: tuple[int, ...], other: Parent
+) -> ExpertsIncompatible:
+    is_vocabulary = any(word in part for part in name.split(".")[-3:] for word in _VOCABULARY)
+    why = "their vocabularies or labels differ" if is_vocabulary else "they were trained on different layers"
+    shown, theirs = (" x ".join(map(str, filter(None, shape))) for shape in (met, wanted))
+    return incompatible(
+        f"{name} is {shown} in {parent.name} and {theirs} in {other.name}: {why}.",
+        f"{parent.pointer}/expert",
+        {"module": name, "shape": list(met)},
+        {"module": name, "shape": list(wanted)},
+        "Merge experts that have the same shapes, or leave one out.",
+    )
+
+
+def _cost(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Cost | None:
+    """What the merge takes; None where the modules of some expert are not known."""
+    is_gain = recipe.output.kind == "ia3"
+    if any(parent.modules is None or (parent.family == "ia3" and not is_gain) for parent in parents):
+        return None
+    keeper = recipe.output.saved
+    return cost.estimate(
+        recipe.spec,
+        recipe.output,
+        [_of_cost(parent) for parent in parents],
+        saved=[parent.saved for parent in parents if keeper in (None, parent.name)],
+        base_bytes=sum(int(file["size"]) for file in base.weights.get("files", {}).values()),
+    )
+
+
+def _of_cost(parent: Parent) -> dict[str, tuple[int, int, int]]:
+    modules = parent.modules or {}
+    if parent.family == "ia3":
+        return {name: (1, module.shape[0], 0) for name, module in modules.items()}
+    return {name: (*module.shape, 0 if parent.is_dense else module.rank) for name, module in modules.items()}
+
+
+def _check_rank(recipe: Recipe, parents: Sequence[Parent], found: Cost) -> None:
+    """Raise RecipeInvalid for a rank that no module can have, or that is too small for a method that keeps all."""
+    wanted = recipe.output.rank
+    if wanted is None or found.rank is None:
+        return
+    modules = [parent.modules or {} for parent in parents]
+    shapes = {name: module.shape for expert in modules for name, module in expert.items()}
+    ranks = [{name: module.rank for name, module in expert.items()} for expert in modules]
+    largest = max((min(shape) for shape in shapes.values()), default=1)
+    least = output_rank("all", ranks, shapes) if recipe.spec.rank_rule == "all" else 1
+    if wanted < least:
+        remedy = "Use svd for a smaller rank."
+        fault = Fault("/output/rank", wanted, f"at least {least}, or null", remedy)
+        raise RecipeInvalid(f"{recipe.method} keeps every factor, which takes rank {least}.", faults=[fault])
+    if wanted > max(largest, least):
+        fault = Fault("/output/rank", wanted, f"at most {largest}, or null", "Ask for a smaller rank.")
+        raise RecipeInvalid(f"No module of these experts can have rank {wanted}.", faults=[fault])
+
+
+def _check_memory(found: Cost) -> None:
+    limit = settings.HUB_MERGE_MEMORY_BYTES
+    if found.memory_bytes > limit:
+        remedy = "Merge fewer experts, ask for a smaller rank, or use linear or svd, which form no dense delta."
+        raise RecipeInvalid(
+            f"This merge needs about {found.memory_bytes >> 20} MiB and may use {limit >> 20} MiB.",
+            faults=[Fault("/experts", found.memory_bytes, limit, remedy)],
+        )
+
+
+# What is worth knowing
+
+
+def _missing(parents: Sequence[Parent]) -> dict[int, Missing]:
+    every: dict[str, None] = {}
+    for parent in parents:
+        every.update(dict.fromkeys(parent.modules or {}))
+    found = {}
+    for parent in parents:
+        modules = parent.modules
+        if modules is not None and len(modules) < len(every):
+            names = [name for name in every if name not in modules]
+            found[parent.position] = Missing(len(names), tuple(sorted(names)[:MOST_NAMES]))
+    return found
+
+
+def _warnings(
+    recipe: Recipe, parents: Sequence[Parent], found: Cost | None, missing: Mapping[int, Missing]
+) -> list[str]:
+    warnings = [f"{parent.name}: {warning}" for parent in parents for warning in parent.facts.get("warnings", [])]
+    for parent in parents:
+        if parent.modules is None:
+            warnings.append(
+                f"{parent.name} was published before its modules were written down: ask again once it is saved anew."
+            )
+        if parent.position in missing:
+            effect = "is left out there" if recipe.parameters.get("missing") == "skip" else "adds nothing there"
+            warnings.append(
+                f"{parent.name} lacks {missing[parent.position].count} modules that others have, and {effect}."
+            )
+    is_dense = recipe.spec.rank_rule == "dense" or any(parent.is_dense for parent in parents)
+    if is_dense and found is not None and found.rank is not None and recipe.output.energy is None and len(parents) > 1:
+        warnings.append(
+            f"The result of {recipe.method} is not of low rank: rank {found.rank} keeps a part of it, and the report"
+            ' says how large. Ask for rank {"energy": 0.95}, or for output delta or ternary, to keep more.'
+        )
+    digests = {parent.digest for parent in parents}
+    if len(digests) < len(parents):
+        warnings.append("Two experts have the same content.")
+    return warnings
