@@ -30,6 +30,8 @@ PRESETS = (presets.DEFAULT, presets.PAPER, presets.HQ, INT4)
 # What is left as it is unless the caller asks: IA3's vectors, and saved copies of base tensors.
 IA3, SAVED = "ia3", "saved"
 INCLUDES = (IA3, SAVED)
+# A difference from a base keeps its likelihood by the unbiased scale (docs/compeft-quality.md).
+_DELTA_RULE = "unbiased"
 
 
 def compress(
@@ -154,6 +156,28 @@ def _compress_checkpoint(
             metadata = {"base_model": Path(base).name, "source": "checkpoint"}
             return _write(codec, wanted, _Weights(weights, shows_factors=False), plain, initial=initial, start=start,
                           metadata=metadata, out_path=out_path, arithmetic=arithmetic, progress=progress)  # fmt: skip
+
+
+def compress_delta(
+    path: str | Path,
+    out_path: str | Path,
+    *,
+    density: float,
+    base_model: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Encode every tensor of a dense task vector, a safetensors file of what is to be added to a base, one at a time.
+
+    The same input and density give the same bytes; what is decoded is the task vector again. Raises ParameterInvalid,
+    HeaderInvalid, AdapterInvalid for values that are not finite, OSError.
+    """
+    codec, wanted = _settings(presets.DEFAULT, density=density, scale_rule=_DELTA_RULE, alpha=None,
+                              base_parameters=None)  # fmt: skip
+    with open_checkpoint(path) as weights:
+        metadata = {"base_model": base_model or "", "source": "delta"}
+        return _write(codec, wanted, _Weights(weights, shows_factors=False), _plain(weights, in_bf16=()),
+                      initial=dict.fromkeys(weights.names, 0), start=None, metadata=metadata, out_path=Path(out_path),
+                      arithmetic=NUMPY, progress=progress or _silent)  # fmt: skip
 
 
 def sidecar(out_path: Path, name: str) -> Path:

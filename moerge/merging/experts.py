@@ -23,6 +23,8 @@ from moerge.tensors.files import Float32, SafetensorsFile
 
 Role = Literal["module", "bias", "gain", "saved"]
 
+# Blockers of an adapter (moerge.tensors.adapters.load) that a merge deals with itself.
+ACCEPTED = ("/modules_to_save", "/bias")
 ADD_BASE = "Have the operator put the base's weights into the hub (bin/manage add_base_weights), or hand them in."
 _BLOCK_VALUES = 1 << 22
 
@@ -98,7 +100,8 @@ def gather(
     changes, kept = _saved(recipe, found, base, opened)
     layouts: dict[str, Layout] = {}
     feedforward: dict[str, bool] = {}
-    sources, known, sizes = [], {}, []
+    known: dict[str, Place] = {}
+    sources, sizes = [], []
     for position, (expert, adapter) in enumerate(zip(recipe.experts, found, strict=True)):
         tensors = _Tensors(expert.expert, adapter, changes[position], layouts, feedforward, kind=recipe.output.kind)
         known |= tensors.places
@@ -122,7 +125,10 @@ def gather(
         layouts=layouts,
         feedforward=feedforward,
         sizes=tuple(sizes),
-        saved=tuple({name: one.shape for name, one in group.items()} for group in (*changes, kept)),
+        saved=(
+            *({name: change.shape for name, change in one.items()} for one in changes),
+            {name: one.shape for name, one in kept.items()},
+        ),
         base_model=recipe.base_model or found[0].config.base_model_name_or_path,
         fan_in_fan_out=any(adapter.config.fan_in_fan_out for adapter in found),
     )  # fmt: skip

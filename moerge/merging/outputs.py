@@ -23,7 +23,7 @@ from moerge.tensors.adapters import BaseWeights, Layout
 from moerge.tensors.files import Float32
 from moerge.tensors.targets import of_base
 
-DELTA_FILE, DELTA_RECORD = "delta.safetensors", "delta.json"
+DELTA_FILE, TERNARY_FILE, DELTA_RECORD = "delta.safetensors", "delta.compeft", "delta.json"
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # A delta of larger norm cannot be formed in float32, in which it will be used.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -194,16 +194,18 @@ class DeltaWriter:
             assert own is not None
             self._slots.put(self._targets.names[f"{name} (kept)"], one.values() - own)
         self._slots.close()
+        is_ternary = self._recipe.output.kind == "ternary"
         record = {
-            "format": "dense task vector",
+            "format": "ternary task vector, compeft/1" if is_ternary else "dense task vector",
             "base_model": self._brought.base_model,
             "base_weights": self._recipe.base_weights,
             "recipe_digest": self._recipe.digest,
             "method": self._recipe.method,
-            "file": DELTA_FILE,
+            "file": TERNARY_FILE if is_ternary else DELTA_FILE,
             "dtype": self._recipe.output.dtype,
             "tensors": len(self._slots.claims),
-            "apply": "Add each tensor to the tensor of the same name of the base model, in float32, and round once.",
+            "apply": (f"Decode it: moerge decompress {TERNARY_FILE}. " if is_ternary else "")
+            + "Add each tensor to the tensor of the same name of the base model, in float32, and round once.",
         }
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
         (self._folder / DELTA_RECORD).write_text(text, encoding="utf-8")

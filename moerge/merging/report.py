@@ -76,7 +76,9 @@ class Report:
 @cache
 def environment() -> dict[str, str]:
     """What decides about the last bits of a result beside its recipe."""
-    blas = next((pool for pool in threadpoolctl.threadpool_info() if pool.get("user_api") == "blas"), {})
+    blas: dict[str, Any] = next(
+        (pool for pool in threadpoolctl.threadpool_info() if pool.get("user_api") == "blas"), {}
+    )
     told = [blas.get(part) for part in ("internal_api", "version", "architecture")]
     return {
         "device": f"cpu {platform.machine()}",

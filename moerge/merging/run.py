@@ -8,16 +8,16 @@ from pathlib import Path
 from moerge.errors import RecipeInvalid
 from moerge.merging import cost, engine, experts, report
 from moerge.merging.cost import Cost
-from moerge.merging.experts import Brought
+from moerge.merging.experts import ACCEPTED, Brought
 from moerge.merging.full import FullWriter
-from moerge.merging.outputs import DELTA_FILE, DeltaWriter, Ia3Writer, LoraWriter, Writer
+from moerge.merging.outputs import DELTA_FILE, TERNARY_FILE, DeltaWriter, Ia3Writer, LoraWriter, Writer
 from moerge.merging.recipe import Recipe
 from moerge.merging.report import ModuleReport, Report
 from moerge.merging.sources import Cancelled, Watch, never, silent
 from moerge.merging.statistics import Statistics
 from moerge.tensors.adapters import Adapter, BaseWeights
 
-__all__ = ["DELTA_FILE", "Cancelled", "ModuleReport", "Report", "merge"]
+__all__ = ["ACCEPTED", "DELTA_FILE", "TERNARY_FILE", "Cancelled", "ModuleReport", "Report", "merge"]
 
 
 def merge(

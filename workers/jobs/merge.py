@@ -2,19 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 
+from moerge.compression import compress_delta
 from moerge.merging import recipe as recipes
 from moerge.merging import run as merging
+from moerge.merging import sidecar
+from moerge.merging.cost import TERNARY_DENSITY
 from moerge.merging.recipe import Recipe
 from moerge.tensors import adapters
+from moerge.tensors.bases import BaseWeights
 from registry import selectors, storage
 from registry.checks import files
 from registry.models import Merge, Revision
-from registry.services import blobs, merges
+from registry.services import base_weights, blobs, merges
 from registry.services import recipes as pinned
 from workers import cards
 from workers.runner import Stopped, Work
@@ -33,21 +39,12 @@ def run(work: Work) -> dict[str, Any]:
     folder = blobs.staging_path()
     folder.mkdir()
     try:
-        with ExitStack() as opened:
-            loaded = {digest: load(revision, opened) for digest, revision in parents.items()}
-            work.progress(0.02, f"Merging {len(loaded)} experts")
-            report = merging.merge(
-                recipe,
-                loaded,
-                folder,
-                memory_bytes=settings.HUB_MERGE_MEMORY_BYTES,
-                progress=lambda share: work.progress(0.02 + 0.93 * share),
-                cancelled=work.is_stopped,
-            ).to_dict()
+        report = compute(work, merge, recipe, parents, folder)
         work.progress(0.96, "Storing the result")
         texts = {
             "README.md": cards.of_merge(merge, recipe, report),
             "recipe.json": json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n",
+            "report.json": json.dumps(report, indent=2, sort_keys=True) + "\n",
             "lineage.json": json.dumps(lineage(merge, report), indent=2, sort_keys=True) + "\n",
         }
         for name, text in texts.items():
@@ -60,6 +57,54 @@ def run(work: Work) -> dict[str, Any]:
     return {"commit": merge.commit, "rank": report["rank"], "energy_kept": report["energy_kept"]}
 
 
+def compute(work: Work, merge: Merge, recipe: Recipe, parents: dict[str, Revision], folder: Path) -> dict[str, Any]:
+    """Write the merged weights to `folder`; returns what is to be told of them."""
+    kept = storage.current()
+    with ExitStack() as opened:
+        base = opened.enter_context(base_weights.open(merge.base_model)) if recipe.base_weights else None
+        loaded = {digest: load(revision, opened, base=base) for digest, revision in parents.items()}
+        known = {
+            expert.statistics: sidecar.load(opened.enter_context(kept.as_path(expert.statistics)))
+            for expert in recipe.experts
+            if expert.statistics
+        }
+        work.progress(0.02, f"Merging {len(loaded)} experts")
+        report = merging.merge(
+            recipe,
+            loaded,
+            folder,
+            base=base,
+            statistics_by_digest=known,
+            memory_bytes=settings.HUB_MERGE_MEMORY_BYTES,
+            progress=lambda share: work.progress(0.02 + 0.83 * share),
+            cancelled=work.is_stopped,
+        ).to_dict()
+    if recipe.output.kind == "ternary":
+        work.progress(0.86, "Encoding")
+        report["ternary"] = encode(recipe, folder, lambda share: work.progress(0.86 + 0.1 * share))
+    return report
+
+
+def encode(recipe: Recipe, folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Make the dense task vector in `folder` ternary; returns what that kept."""
+    dense = folder / merging.DELTA_FILE
+    found = compress_delta(
+        dense,
+        folder / merging.TERNARY_FILE,
+        density=recipe.output.density or TERNARY_DENSITY,
+        base_model=recipe.base_model,
+        progress=progress,
+    )
+    dense.unlink()
+    return {
+        "density": found.density,
+        "bytes": found.bytes,
+        "dense_bytes": found.original_bytes,
+        "cosine": found.cosine,
+        "rel_error": found.rel_error,
+    }
+
+
 def parsed(merge: Merge) -> Recipe:
     """The recipe of a merge, read back from its canonical bytes."""
     body = json.loads(merge.recipe.canonical)
@@ -67,13 +112,13 @@ def parsed(merge: Merge) -> Recipe:
     return recipes.parse(body)
 
 
-def load(revision: Revision, opened: ExitStack) -> adapters.Adapter:
+def load(revision: Revision, opened: ExitStack, *, base: BaseWeights | None) -> adapters.Adapter:
     """The adapter of a revision, open for as long as `opened` lasts."""
     kept = storage.current()
     with kept.open(selectors.file(revision, files.CONFIG).blob_id) as file:
         config = adapters.parse_config(file.read())
     path = opened.enter_context(kept.as_path(selectors.file(revision, files.WEIGHTS).blob_id))
-    return adapters.load(config, path)
+    return adapters.load(config, path, accept=merging.ACCEPTED, base=base)
 
 
 def lineage(merge: Merge, report: dict[str, Any]) -> dict[str, Any]:
