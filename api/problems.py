@@ -17,6 +17,8 @@ from registry.errors import (
     FormPending,
     HubError,
     Invalid,
+    MergeFailed,
+    MergePending,
     NotAllowed,
     NotFound,
     RangeUnsatisfiable,
@@ -40,7 +42,7 @@ def record(error: HubError) -> dict[str, Any]:
         **error.as_dict(),
         "request_id": telemetry.request_id.get(),
     }
-    if isinstance(error, FormPending | FormFailed):
+    if isinstance(error, FormPending | FormFailed | MergePending | MergeFailed):
         body |= {"job": error.job_id, "job_url": f"/api/v1/jobs/{error.job_id}"}
     return body
 
@@ -67,8 +69,8 @@ def answer(error: HubError) -> JsonResponse:
 
 
 def quiet(response: Answer, error: HubError) -> Answer:
-    """The answer, without a line in the log for each time somebody looks whether a form is there."""
-    if isinstance(error, FormPending):
+    """The answer, without a line in the log for each time somebody looks whether a form or a merge is there."""
+    if isinstance(error, FormPending | MergePending):
         response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001 - Django logs every other 503
     return response
 

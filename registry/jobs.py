@@ -40,6 +40,10 @@ class JobKind(StrEnum):
 
 
 HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT})
+# Job.priority; the queues give the smallest number first.
+WAITED_FOR, ASKED_FOR, NOBODY_WAITS = 0, 3, 6
+# A worker that no longer hears its own clock is ended by Celery, long after its job was closed.
+KILL_AFTER_SECONDS = 120
 PIPELINE = (JobKind.CHECK, JobKind.COMPRESS, JobKind.EMBED, JobKind.INDEX)
 
 
@@ -64,8 +68,12 @@ def enqueue(
     key: str = "",
     parameters: dict[str, Any] | None = None,
     user: User | None = None,
+    priority: int | None = None,
 ) -> Job:
-    """Write a job in the caller's transaction and send it on commit; the same key is the same job."""
+    """Write a job in the caller's transaction and send it on commit; the same key is the same job.
+
+    Without a priority it is that of work which the user asked for, or of work that nobody waits for.
+    """
     subject = f"r{revision.pk}" if revision else f"m{merge.pk}" if merge else "hub"
     job, is_new = Job.objects.get_or_create(
         key=key or f"{kind}:{subject}",
@@ -76,10 +84,11 @@ def enqueue(
             "after": after,
             "parameters": parameters or {},
             "requested_by": user,
+            "priority": (ASKED_FOR if user else NOBODY_WAITS) if priority is None else priority,
         },
     )
     if is_new and after is None:
-        transaction.on_commit(partial(send, job.pk, job.kind))
+        transaction.on_commit(partial(send, job.pk, job.kind, job.priority))
     return job
 
 
@@ -108,11 +117,14 @@ def _pipeline_keys(revision_id: int) -> list[str]:
     return [f"{kind}:r{revision_id}" for kind in PIPELINE]
 
 
-def send(job_id: str, kind: str, *, delay_seconds: int = 0) -> None:
+def send(job_id: str, kind: str, priority: int, *, delay_seconds: int = 0) -> None:
     """Hand a job's id to the queue. A broker that is down is logged; the sweeper sends the row later."""
     queue = "heavy" if kind in HEAVY else "light"
+    limit_seconds = settings.HUB_MERGE_MAX_SECONDS + KILL_AFTER_SECONDS if kind == JobKind.MERGE else None
     try:
-        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(countdown=delay_seconds)
+        current_app.signature(f"workers.{kind}", args=[job_id], queue=queue).apply_async(
+            countdown=delay_seconds, priority=priority, time_limit=limit_seconds
+        )
     except (OperationalError, OSError) as error:
         log.warning(
             "The queue did not take a job; the sweeper will send it.", extra={"job.id": job_id, "error": str(error)}
@@ -137,15 +149,49 @@ def claim(job_id: str) -> Lease | None:
         if row.attempt >= settings.HUB_JOB_MAX_ATTEMPTS:
             _close(row, Job.State.FAILED, error=_worn_out(row))
             return None
+        if row.state == Job.State.QUEUED:
+            if _must_wait(row):
+                return None
+            row.message = ""  # why it waited
         row.state = Job.State.RUNNING
         row.owner = secrets.token_hex(16)
         row.attempt += 1
         row.lease_until = now + timedelta(seconds=settings.HUB_JOB_LEASE_SECONDS)
         row.started_at = row.started_at or now
-        row.save(update_fields=["state", "owner", "attempt", "lease_until", "started_at"])
+        row.save(update_fields=["state", "owner", "attempt", "lease_until", "started_at", "message"])
         if row.merge_id and row.kind == JobKind.MERGE:
-            Merge.objects.filter(pk=row.merge_id).update(state=Merge.State.RUNNING)
+            # A job whose worker died after it had published its result finds that result.
+            merge = Merge.objects.filter(pk=row.merge_id).exclude(state=Merge.State.READY)
+            merge.update(state=Merge.State.RUNNING)
     return Lease(row.pk, row.kind, row.owner, row.revision_id, row.merge_id, row.parameters)
+
+
+def _must_wait(row: Job) -> bool:
+    """Whether as many merges of this user run as may at a time; then the end of one of them sends the next.
+
+    The user's row is locked, so that two workers do not take the last free place both.
+    """
+    if row.kind != JobKind.MERGE or row.requested_by_id is None:
+        return False
+    User.objects.select_for_update(no_key=True).get(pk=row.requested_by_id)
+    running = Job.objects.filter(kind=JobKind.MERGE, requested_by=row.requested_by_id, state=Job.State.RUNNING).count()
+    if running < settings.HUB_MERGE_MAX_RUNNING:
+        return False
+    Job.objects.filter(pk=row.pk).update(message=f"Waits until one of {running} running merges of this user has ended.")
+    return True
+
+
+def _send_next_merge(user_id: int) -> None:
+    """Send the most urgent merge of a user that waits; its message may have come while the user's places were taken."""
+    waiting = Job.objects.filter(kind=JobKind.MERGE, requested_by=user_id, state=Job.State.QUEUED)
+    row = waiting.order_by("priority", "created_at").first()
+    if row is not None:
+        send(row.pk, row.kind, row.priority)
+
+
+def is_wanted(lease: Lease) -> bool:
+    """Whether the lease still holds and nobody has asked to stop."""
+    return held(lease).filter(cancel_requested=False).exists()
 
 
 def heartbeat(lease: Lease, *, progress: float | None = None, message: str | None = None) -> bool:
@@ -200,7 +246,7 @@ def postpone(lease: Lease, *, seconds: int, reason: str) -> None:
         row.state, row.owner, row.lease_until, row.message = Job.State.QUEUED, "", None, reason[:300]
         row.attempt -= 1
         row.save(update_fields=["state", "owner", "lease_until", "message", "attempt"])
-        transaction.on_commit(partial(send, row.pk, row.kind, delay_seconds=seconds))
+        transaction.on_commit(partial(send, row.pk, row.kind, row.priority, delay_seconds=seconds))
 
 
 def cancel(job: Job) -> None:
@@ -218,18 +264,35 @@ def retry(jobs: Iterable[Job]) -> None:
     """Open failed or cancelled jobs again, as after an outage."""
     with transaction.atomic():
         for job in jobs:
+            if job.merge_id and job.kind == JobKind.MERGE:
+                ended = Merge.objects.filter(pk=job.merge_id, state__in=[Merge.State.FAILED, Merge.State.CANCELLED])
+                ended.update(state=Merge.State.QUEUED)
             _reopen(job, (Job.State.FAILED, Job.State.CANCELLED))
             if job.revision_id and job.key in _pipeline_keys(job.revision_id):
                 Revision.objects.filter(pk=job.revision_id).update(state=Revision.State.PROCESSING)
             if job.after_id is None or Job.objects.filter(pk=job.after_id, state__in=Job.PASSED).exists():
-                transaction.on_commit(partial(send, job.pk, job.kind))
+                transaction.on_commit(partial(send, job.pk, job.kind, job.priority))
 
 
 def repeat(job: Job) -> None:
     """Have a job outside the pipeline done again: it was cancelled, or what it had made was removed since."""
     with transaction.atomic():
         if _reopen(job, (Job.State.DONE, Job.State.CANCELLED)):
-            transaction.on_commit(partial(send, job.pk, job.kind))
+            transaction.on_commit(partial(send, job.pk, job.kind, job.priority))
+
+
+def renew(job: Job, *, user: User | None, priority: int) -> None:
+    """Have a job that ended, however it did, done again for this user. The caller holds the lock of its subject."""
+    if _reopen(job, Job.FINISHED):
+        Job.objects.filter(pk=job.pk).update(requested_by=user, priority=priority)
+        transaction.on_commit(partial(send, job.pk, job.kind, priority))
+
+
+def hasten(job: Job) -> None:
+    """Put a job that waits in the queue before all for which nobody waits."""
+    if Job.objects.filter(pk=job.pk, state=Job.State.QUEUED, priority__gt=WAITED_FOR).update(priority=WAITED_FOR):
+        # Its first message stays in the queue; whoever takes that one finds that the job is not to be had.
+        transaction.on_commit(partial(send, job.pk, job.kind, WAITED_FOR))
 
 
 def _reopen(job: Job, states: Iterable[str]) -> bool:
@@ -259,9 +322,9 @@ def sweep() -> int:
     startable = Q(after=None) | Q(after__state__in=Job.PASSED)
     lost = Q(state=Job.State.QUEUED, created_at__lt=waited) & (Q(sent_at=None) | Q(sent_at__lt=waited))
     dead = Q(state=Job.State.RUNNING, lease_until__lt=now)
-    rows = Job.objects.filter(startable & (lost | dead)).values_list("pk", "kind")[:1000]
-    for job_id, kind in rows:
-        send(job_id, kind)
+    rows = Job.objects.filter(startable & (lost | dead)).values_list("pk", "kind", "priority")[:1000]
+    for job_id, kind, priority in rows:
+        send(job_id, kind, priority)
     return len(rows)
 
 
@@ -280,6 +343,9 @@ def _close(
     message: str = "",
 ) -> None:
     """Write the end of a job inside the caller's transaction, then wake or cancel what waits for it."""
+    if row.state == Job.State.RUNNING and row.kind == JobKind.MERGE and row.requested_by_id is not None:
+        # After the commit, so that a merge which found the places taken until then is seen.
+        transaction.on_commit(partial(_send_next_merge, row.requested_by_id))
     row.state, row.result, row.error, row.message = state, result, error, message[:300]
     row.finished_at, row.lease_until, row.owner = timezone.now(), None, ""
     if state in Job.PASSED:
@@ -287,7 +353,7 @@ def _close(
     row.save()
     if state in Job.PASSED:
         for waiting in row.next_jobs.filter(state=Job.State.QUEUED):
-            transaction.on_commit(partial(send, waiting.pk, waiting.kind))
+            transaction.on_commit(partial(send, waiting.pk, waiting.kind, waiting.priority))
     else:
         for waiting in row.next_jobs.filter(state=Job.State.QUEUED):
             _close(waiting, Job.State.CANCELLED, message=f"Not started: {row.kind} did not pass.")

@@ -19,11 +19,24 @@ from registry.errors import (
     RequestInvalid,
     RevisionNotFound,
 )
-from registry.models import Blob, Encoded, Expert, File, Job, Membership, Merge, Ref, Revision, User
+from registry.models import Blob, Encoded, Expert, File, Job, Membership, Merge, MergeParent, Ref, Revision, User
 
 Viewer = User | AnonymousUser | None
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MERGES = "merges"  # the owner name under which every merge is a repository
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the parents of a merge make of it: private when one of them is, marked when one was yanked."""
+
+    is_private: bool
+    is_yanked: bool
+
+    @classmethod
+    def of(cls, row: Merge | File) -> "Marks":
+        """From a row that was asked for with `_marks`."""
+        return cls(**{name: vars(row)[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class Repository:
 
     expert: Expert | None
     merge: Merge | None
+    marks: Marks | None = None  # of a merge
 
     @property
     def full_name(self) -> str:
@@ -42,8 +56,8 @@ class Repository:
         """Whether answers about it may be cached only by the caller."""
         if self.expert is not None:
             return self.expert.visibility == Expert.Visibility.PRIVATE
-        assert self.merge is not None
-        return self.merge.parents.exclude(revision__expert__visibility=Expert.Visibility.PUBLIC).exists()
+        assert self.marks is not None
+        return self.marks.is_private
 
 
 def expert(full_name: str, viewer: Viewer) -> Expert:
@@ -73,10 +87,49 @@ def repository(full_name: str, viewer: Viewer) -> Repository:
     owner, _, name = full_name.partition("/")
     if owner != MERGES:
         return Repository(expert(full_name, viewer), None)
-    try:
-        return Repository(None, merge(name, viewer))
-    except MergeNotFound as error:
-        raise ExpertNotFound(error.detail) from error
+    found = merge_repository(viewer, pk=name)
+    if found is None:
+        raise ExpertNotFound(f"There is no merge {name[:80]!r} that you may see.")
+    return found
+
+
+def merge_repository(viewer: Viewer, **wanted: object) -> Repository | None:
+    """A merge as a repository, when the viewer may see every parent: with its revision and marks, in one query."""
+    rows = Merge.objects.visible_to(viewer).filter(**wanted).select_related("recipe", "base_model", "revision")
+    found = rows.annotate(**_marks("pk")).first()
+    return None if found is None else Repository(None, found, Marks.of(found))
+
+
+def merge_file(viewer: Viewer, path: str, **wanted: object) -> tuple[Repository, File] | None:
+    """A file that a merge has, when the viewer may see every parent, with all that is told of it, in one query."""
+    visible = Merge.objects.visible_to(viewer).filter(**wanted)
+    rows = File.objects.filter(path=path, revision__merge__in=visible).select_related("blob", "revision__merge")
+    found = rows.annotate(**_marks("revision__merge")).first()
+    if found is None:
+        return None
+    return Repository(None, found.revision.merge, Marks.of(found)), found
+
+
+def _marks(merge: str) -> dict[str, Exists]:
+    """Marks as annotations; `merge` is how the row at hand leads to its merge."""
+    parents = MergeParent.objects.filter(merge=OuterRef(merge))
+    return {
+        "is_private": Exists(parents.exclude(revision__expert__visibility=Expert.Visibility.PUBLIC)),
+        "is_yanked": Exists(parents.exclude(revision__expert__yanked_at=None)),
+    }
+
+
+def by_parent(full_name: str) -> dict[str, str]:
+    """The condition that an expert of this name is among the parents of a merge."""
+    owner, _, name = full_name.partition("/")
+    expert = "parents__revision__expert"
+    return {f"{expert}__namespace__name__iexact": owner, f"{expert}__key": name.casefold()}
+
+
+def yanked_parents(merge: Merge) -> list[Expert]:
+    """The experts of a merge that were yanked since."""
+    rows = Expert.objects.exclude(yanked_at=None).filter(revisions__merge_children__merge=merge)
+    return list(rows.select_related("namespace").distinct().order_by("pk"))
 
 
 def revision(repository: Repository, name: str = "main") -> Revision:
@@ -164,6 +217,10 @@ def job(job_id: str, viewer: Viewer) -> Job:
 def job_is_visible(job: Job, viewer: Viewer) -> bool:
     if job.merge_id:
         return Merge.objects.visible_to(viewer).filter(pk=job.merge_id).exists()
+    if job.kind == "kinship":
+        ids = set(job.parameters["revisions"].values())
+        visible = Revision.objects.filter(pk__in=ids, expert__in=Expert.objects.visible_to(viewer))
+        return visible.count() == len(ids)
     if job.revision is None:
         return bool(viewer and viewer.is_staff)
     if job.revision.merge_id:

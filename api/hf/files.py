@@ -7,8 +7,7 @@ from django.http import HttpRequest, HttpResponseBase, HttpResponseRedirect
 from api import downloads as answers
 from api.hf import addresses, snapshots
 from api.hf.door import Caller, endpoint
-from registry import selectors
-from registry.services import downloads
+from registry.services import downloads, merges
 
 
 @endpoint("GET", "HEAD")
@@ -21,12 +20,14 @@ def page(request: HttpRequest, _caller: Caller, full_name: str, rest: str) -> Ht
 @endpoint("GET", "HEAD")
 def resolve(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> HttpResponseBase:
     """The bytes of a file, whole or in part; HEAD tells commit, size and digest."""
-    repository = selectors.repository(full_name, caller.viewer)
     revision, path = addresses.split(request, before=3, rest=rest)
-    snapshot = snapshots.at(repository, revision, caller.viewer)
+    found = snapshots.present(full_name, revision, path, caller.viewer)
+    snapshot = found[0] if found else snapshots.find(full_name, revision, caller.viewer)
     # With the commit on a 404, clients remember that the file is absent.
     caller.headers |= {"X-Repo-Commit": snapshot.commit, **snapshot.notice}
-    file = snapshot.file(path)
+    file = found[1] if found else snapshot.file(path)
+    if snapshot.repository.merge is not None:
+        merges.note_read(snapshot.repository.merge)
     headers = {}
     if file.is_large:
         headers = {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.blob.size_bytes)}

@@ -137,7 +137,7 @@ def tree(request: HttpRequest, caller: Caller, full_name: str, rest: str) -> Htt
     revision, path = addresses.split(request, before=5, rest=rest)
     snapshot = snapshots.at(repository, revision, caller.viewer)
     caller.headers["X-Repo-Commit"] = snapshot.commit
-    files = below(snapshot.files(), path)
+    files = below(snapshot.files(folder=path.rstrip("/")), path)
     changes = changes_of(files) if is_true(request, "expand") else {}
     is_recursive = is_true(request, "recursive")
     nodes = entries(files, path.rstrip("/"), is_recursive=is_recursive, changes=changes)

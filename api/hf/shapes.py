@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from api.hf.snapshots import MERGE_FILES, Snapshot
+from api.hf.snapshots import Snapshot
 from registry.models import Expert, File, Merge, Revision
+from registry.services import merges
 
 POINTER_BYTES = 134  # of the git-lfs pointer file that a git checkout would hold in place of a large file
 
@@ -57,8 +58,9 @@ def merge(merge: Merge, snapshot: Snapshot, *, files: Sequence[File], blobs: boo
         tags=["merge", merge.recipe.method],
     )
     is_computed = snapshot.revision is not None
+    names = merges.names(merge) or merges.TEXTS
     siblings = (
-        [sibling(file, blobs=blobs) for file in files] if is_computed else [{"rfilename": n} for n in MERGE_FILES]
+        [sibling(file, blobs=blobs) for file in files] if is_computed else [{"rfilename": name} for name in names]
     )
     return record | {
         "_id": merge.pk[:24],

@@ -1,14 +1,13 @@
-"""Requests that wait a moment for a reconstruction, so that clients need not come again after a second."""
+"""Requests that wait a moment for what a job makes, so that clients need not come again after a second."""
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from django.conf import settings
 
+from registry.errors import HubError
 from registry.models import Job, Revision
-from registry.services import reconstructions
-from registry.services.reconstructions import Reconstruction
 
 # A request that waits holds one of the few threads of its process; all others are told to come again.
 MOST_HELD = 2
@@ -16,30 +15,26 @@ LOOK_EVERY_SECONDS = 0.2
 _places = threading.BoundedSemaphore(MOST_HELD)
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A reconstruction whose weights a job makes."""
+def wait(job: Job, *, made: Callable[[], Revision | None], outcome: Callable[[Job], HubError]) -> Revision:
+    """What a job makes, as soon as it is there.
 
-    found: Reconstruction
-    job: Job
+    Raises `outcome` of the job when it is not there after a moment, or at once when enough others wait already.
+    """
+    if job.state not in Job.FINISHED and _places.acquire(blocking=False):
+        try:
+            job = _watched(job, until=time.monotonic() + settings.HUB_HOLD_SECONDS)
+        finally:
+            _places.release()
+    revision = made() if job.state in Job.FINISHED else None
+    if revision is None:
+        raise outcome(job)
+    return revision
 
-    def wait(self) -> Revision:
-        """The revision as soon as it is there. Raises FormPending after a moment, FormFailed, RevisionNotFound."""
-        job = self.job
-        if job.state not in Job.FINISHED and _places.acquire(blocking=False):
-            try:
-                job = self._watched(until=time.monotonic() + settings.HUB_HOLD_SECONDS)
-            finally:
-                _places.release()
-        revision = reconstructions.made_of(self.found.source, self.found.form)
-        if revision is None:
-            raise reconstructions.outcome(job)
-        return revision
 
-    def _watched(self, *, until: float) -> Job:
-        """The job when it has ended or the time is over."""
-        while True:
-            job = Job.objects.get(pk=self.job.pk)
-            if job.state in Job.FINISHED or time.monotonic() >= until:
-                return job
-            time.sleep(LOOK_EVERY_SECONDS)
+def _watched(job: Job, *, until: float) -> Job:
+    """The job when it has ended or the time is over."""
+    while True:
+        found = Job.objects.get(pk=job.pk)
+        if found.state in Job.FINISHED or time.monotonic() >= until:
+            return found
+        time.sleep(LOOK_EVERY_SECONDS)

@@ -46,7 +46,12 @@ class Merges(View):
     )
     def post(self, request: Request) -> Response:
         user = require(request, "merge")
-        merge, is_new = merges.register(user=user, body=body_of(request))
+        body = body_of(request)
+        start = body.pop("start", True)
+        if not isinstance(start, bool):
+            fault = Fault("/start", start, "true or false", "Leave it out to have the merge computed now.")
+            raise RequestInvalid("The field start is no truth value.", faults=[fault])
+        merge, is_new = merges.register(user=user, body=body, start=start)
         return Response(records.merge(merge, request), status=202 if is_new else 200)
 
 
@@ -56,7 +61,7 @@ class MergeCheck(View):
     @extend_schema(
         operation_id="merges_check",
         request=schemas.MergeRequest,
-        responses={(200, "application/json"): dict, **schemas.problems(400, 404, 409, 415, 422)},
+        responses={200: schemas.MergeCheckRecord, **schemas.problems(400, 404, 409, 415, 422)},
     )
     def post(self, request: Request) -> Response:
         return Response(recipes.check(viewer=viewer_of(request), body=body_of(request)))

@@ -47,7 +47,8 @@ def expert(expert: Expert, revision: Revision | None, request: AnyRequest) -> di
         "jobs": [job(row) for row in jobs.of_pipeline(revision.pk)] if revision else [],
         "compressed": compressed(encoded, expert.full_name, request) if encoded else None,
         "compressed_forms": forms(revision, expert.full_name, request) if revision else [],
-        "facts": revision.facts if revision else {},
+        # Every module by name fills pages for a large adapter; merges/check tells what matters of it.
+        "facts": {name: value for name, value in revision.facts.items() if name != "layout"} if revision else {},
         "evaluations": [
             {
                 "dataset": row.dataset,
@@ -174,11 +175,13 @@ def merge(row: Merge, request: AnyRequest) -> dict[str, Any]:
                 "expert": parent.revision.expert.full_name if parent.revision.expert else None,
                 "revision": parent.revision.commit,
                 "weight": parent.weight,
+                "yanked": parent.revision.expert is not None and parent.revision.expert.yanked_at is not None,
             }
             for parent in row.parents.select_related("revision__expert__namespace")
         ],
         "job": job(last_job) if last_job else None,
         "report": row.report,
+        "licence": row.licence,
         "files": files(revision, row.full_name, request) if revision else [],
         "created_at": moment(row.created_at),
         "finished_at": moment(row.finished_at),

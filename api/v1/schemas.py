@@ -5,7 +5,9 @@ from typing import Any
 from drf_spectacular.utils import OpenApiResponse
 from rest_framework import serializers as s
 
+from moerge.merging.recipe import KINDS
 from registry.models import ApiKey, Expert, Job, Merge
+from registry.services import route_merges
 
 
 class StrictSerializer(s.Serializer[Any]):
@@ -240,8 +242,11 @@ class MergeExpert(StrictSerializer):
 
 
 class MergeOutput(StrictSerializer):
-    kind = s.CharField(required=False, max_length=20)
-    rank = s.JSONField(required=False, allow_null=True)
+    kind = s.ChoiceField(KINDS, required=False, help_text="`lora`; where all experts are IA3, `ia3`.")
+    rank = s.JSONField(required=False, allow_null=True, help_text='A number, or {"energy": 0.95}.')
+    dtype = s.CharField(required=False, allow_null=True)
+    density = s.FloatField(required=False, allow_null=True, help_text="Share of values kept by ternary output.")
+    saved = s.CharField(required=False, allow_null=True, help_text="The expert whose saved modules are kept.")
 
 
 class MergeRequest(s.Serializer[Any]):
@@ -253,12 +258,93 @@ class MergeRequest(s.Serializer[Any]):
     seed = s.IntegerField(required=False)
     experts = MergeExpert(many=True)
     output = MergeOutput(required=False)
+    start = s.BooleanField(required=False, help_text="False: compute it when somebody reads it.")
+    licence = s.CharField(required=False, max_length=64, help_text="A label for the result; refused where it hides.")
+    acknowledge_licences = s.BooleanField(required=False, help_text="Answer for licences that are not known.")
+
+
+class Restriction(s.Serializer[Any]):
+    verdict = s.ChoiceField(["warn", "block"])
+    parents = s.ListField(child=s.CharField())
+    rule = s.CharField()
+    detail = s.CharField()
+
+
+class LicenceRecord(s.Serializer[Any]):
+    """Information, not legal advice."""
+
+    verdict = s.ChoiceField(["ok", "warn", "block"])
+    licence = s.CharField(help_text="Of the result; `other` where several hold at once or one is not known.")
+    classes = s.ListField(child=s.CharField())
+    carried = s.ListField(child=s.CharField(), help_text="Licences whose conditions the result carries on.")
+    reasons = Restriction(many=True)
+    notices = s.ListField(child=s.CharField(), help_text="The licence of every parent and of the base.")
+    acknowledged = s.JSONField(allow_null=True, help_text="Who answered for unknown licences, and when.")
+    acknowledgement_needed = s.BooleanField()
+
+
+class MergeCheckExpert(s.Serializer[Any]):
+    expert = s.CharField()
+    revision = s.CharField()
+    kind = s.CharField()
+    family = s.ChoiceField(["lora", "ia3"])
+    rank = s.IntegerField(allow_null=True)
+    modules = s.IntegerField(allow_null=True)
+    missing_count = s.IntegerField(help_text="Modules that others have and this expert lacks.")
+    missing = s.ListField(child=s.CharField(), help_text="The first twenty of them.")
+    licence = s.CharField(allow_null=True)
+
+
+class MergeCheckOutput(s.Serializer[Any]):
+    kind = s.ChoiceField(KINDS)
+    rank = s.IntegerField(allow_null=True)
+    bytes = s.IntegerField(allow_null=True, help_text="Of the weights, at most.")
+
+
+class MergeCost(s.Serializer[Any]):
+    memory_bytes = s.IntegerField()
+    written_bytes = s.IntegerField()
+    cpu_seconds = s.FloatField(help_text="Of one core, roughly.")
+
+
+class KinshipPair(s.Serializer[Any]):
+    first = s.CharField()
+    second = s.CharField()
+    cosine = s.FloatField()
+    pearson = s.FloatField()
+    distance = s.FloatField()
+    conflict = s.FloatField(help_text="Share of values that both change and that have opposite signs.")
+
+
+class KinshipRecord(s.Serializer[Any]):
+    state = s.CharField(help_text="ready, measuring, failed or partial.")
+    job = s.CharField(allow_null=True)
+    reason = s.CharField(required=False, help_text="Why no job measures the pairs that are not known.")
+    pairs = KinshipPair(many=True)
+
+
+class MergeCheckRecord(s.Serializer[Any]):
+    """What a recipe would give, from rows alone."""
+
+    ok = s.BooleanField()
+    digest = s.CharField()
+    repo = s.CharField()
+    commit = s.CharField()
+    state = s.ChoiceField(Merge.State.choices, allow_null=True, help_text="Null: nobody has registered it yet.")
+    recipe = s.JSONField()
+    warnings = s.ListField(child=s.CharField())
+    experts = MergeCheckExpert(many=True)
+    output = MergeCheckOutput()
+    cost = MergeCost(allow_null=True)
+    licence = LicenceRecord()
+    kinship = KinshipRecord()
 
 
 class MergeParentRecord(s.Serializer[Any]):
     expert = s.CharField(allow_null=True)
     revision = s.CharField()
     weight = s.FloatField()
+    yanked = s.BooleanField()
 
 
 class MergeRecord(s.Serializer[Any]):
@@ -273,9 +359,49 @@ class MergeRecord(s.Serializer[Any]):
     parents = MergeParentRecord(many=True)
     job = JobRecord(allow_null=True)
     report = s.JSONField()
+    licence = s.JSONField(help_text="What the licences of the parents and of the base say together.")
     files = FileRecord(many=True)
     created_at = s.DateTimeField()
     finished_at = s.DateTimeField(allow_null=True)
+
+
+class RouteMergeRequest(StrictSerializer):
+    text = s.CharField(trim_whitespace=False)
+    base_model = s.CharField(
+        required=False, allow_null=True, max_length=200, help_text="Needed where experts of several bases fit."
+    )
+    top_k = s.IntegerField(required=False, default=3, min_value=1, max_value=16)
+    filters = RouteFilters(required=False)
+    min_score = s.FloatField(required=False, allow_null=True, min_value=0, max_value=1)
+    min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
+    temperature = s.FloatField(
+        required=False,
+        default=route_merges.TEMPERATURE,
+        min_value=0.001,
+        max_value=1000,
+        help_text="Weights are the softmax of scores over it: small gives the best expert all, large gives all alike.",
+    )
+    method = s.CharField(required=False, default="linear", max_length=40)
+    parameters = s.DictField(required=False)
+    seed = s.IntegerField(required=False)
+    output = MergeOutput(required=False)
+    start = s.BooleanField(required=False, default=True, help_text="False: compute it when somebody reads it.")
+    licence = s.CharField(required=False, max_length=64)
+    acknowledge_licences = s.BooleanField(required=False)
+
+
+class SkippedRecord(s.Serializer[Any]):
+    expert = s.CharField()
+    revision = s.CharField()
+    reason = s.CharField()
+
+
+class RouteMergeAnswer(s.Serializer[Any]):
+    route = RouteResult(many=True, help_text="The experts that were merged.")
+    skipped = SkippedRecord(many=True, help_text="Experts that fit and cannot be merged with the better ones.")
+    index_seq = s.IntegerField()
+    recipe = s.CharField(help_text="Canonical JSON.")
+    merge = MergeRecord()
 
 
 class MergePage(s.Serializer[Any]):

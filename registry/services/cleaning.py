@@ -1,4 +1,6 @@
-"""Remove what nothing refers to: blobs past their grace time, uploads past their time, forgotten staging files."""
+"""Remove what nobody reads and nothing refers to: weights of merges long unread, blobs past their grace time, uploads
+past their time, forgotten staging files.
+"""
 
 import logging
 import time
@@ -12,13 +14,19 @@ from django.utils import timezone
 
 from registry import storage
 from registry.models import Blob, Encoded, File, Upload, UploadFile
+from registry.services import merges
 
 log = logging.getLogger(__name__)
 
 
 def clean() -> dict[str, int]:
     """One round of everything; returns what was removed, by kind."""
-    return {"uploads": close_stale_uploads(), "blobs": collect_garbage(), "staging": clear_staging()}
+    return {
+        "uploads": close_stale_uploads(),
+        "merges": merges.collect(),
+        "blobs": collect_garbage(),
+        "staging": clear_staging(),
+    }
 
 
 def collect_garbage(*, grace_seconds: int | None = None) -> int:

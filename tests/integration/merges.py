@@ -7,10 +7,9 @@ from registry.models import BaseModel, Expert, File, Merge, MergeParent, Recipe,
 from registry.services import blobs
 
 
-def merge_of(
-    parents: Sequence[Expert], *, files: dict[str, bytes] | None = None, state: str = Merge.State.READY
-) -> Merge:
+def merge_of(parents: Sequence[Expert], *, files: dict[str, bytes] | None = None, state: str = "") -> Merge:
     """A merge of the heads of experts; without `files` it is not computed."""
+    state = state or (Merge.State.REGISTERED if files is None else Merge.State.READY)
     names = ",".join(parent.full_name for parent in parents)
     digest = hashlib.sha256(names.encode()).hexdigest()
     recipe = Recipe.objects.create(digest=digest, canonical="{}", method="linear")

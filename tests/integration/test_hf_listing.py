@@ -350,17 +350,20 @@ def test_a_merge_that_is_computed_reads_like_any_repository(repo, ada):
     assert merge.full_name not in str(caller.get("/api/models").json())
 
 
-@pytest.mark.parametrize(("state", "status"), [("queued", 503), ("running", 503), ("failed", 409), ("cancelled", 409)])
-def test_a_merge_that_is_not_computed_has_a_commit_and_tells_of_its_job(repo, ada, state, status):
+@pytest.mark.parametrize(("state", "status"), [("queued", 503), ("running", 503), ("failed", 409), ("cancelled", 503)])
+def test_a_merge_that_is_not_computed_has_a_commit_and_tells_of_its_job(repo, ada, state, status, settings):
+    settings.HUB_HOLD_SECONDS = 0
     _, caller = ada
     merge = merge_of([repo, repo], state=Merge.State(state))
-    job = Job.objects.create(kind="merge", merge=merge, key=f"merge:m{merge.pk}")
+    job = Job.objects.create(kind="merge", merge=merge, key=f"merge:m{merge.pk}", state=state)
     record = caller.get(f"/api/models/merges/{merge.pk}/revision/main").json()
     assert record["sha"] == merge.commit
     assert {row["rfilename"] for row in record["siblings"]} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lineage.json",
+        "recipe.json",
     }
     for method, path in (
         ("HEAD", f"/merges/{merge.pk}/resolve/main/adapter_config.json"),

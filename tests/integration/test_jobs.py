@@ -21,10 +21,13 @@ pytestmark = pytest.mark.django_db(transaction=True)
 def queue():
     """How many messages wait in a queue of the broker, beginning with none."""
     with current_app.connection_for_write() as link:
-        client = link.default_channel.client
-        client.delete("light", "heavy")
-        yield client.llen
-        client.delete("light", "heavy")
+        channel = link.default_channel
+        lists = {
+            name: [channel._q_for_pri(name, step) for step in channel.priority_steps] for name in ("light", "heavy")
+        }
+        channel.client.delete(*lists["light"], *lists["heavy"])
+        yield lambda name: sum(channel.client.llen(part) for part in lists[name])
+        channel.client.delete(*lists["light"], *lists["heavy"])
 
 
 @pytest.fixture
