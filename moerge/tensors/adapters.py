@@ -6,7 +6,7 @@ sees modules, LowRank factors and scalings.
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from moerge.tensors.config import AdapterConfig
 from moerge.tensors.files import Float32
 from moerge.tensors.header import Header
 from moerge.tensors.kind import (
+    SAVE_AGAIN,
     AdapterFacts,
     Blocker,
     Dense,
@@ -27,14 +28,13 @@ from moerge.tensors.kind import (
     Kind,
     Layout,
     LowRank,
-    ModuleFacts,
     Roles,
     Site,
     Tensors,
-    Weights,
+    check_fit,
     invalid,
 )
-from moerge.tensors.targets import Targets
+from moerge.tensors.targets import Targets, of_base
 
 __all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "BaseWeights", "Blocker", "Dense", "Gain", "Layout", "LowRank",
            "catalogue", "check", "content_digest", "load", "parse_config", "save_lora", "scan_finite"]  # fmt: skip
@@ -42,7 +42,6 @@ __all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "BaseWeights", "Blocker",
 Read = TypeVar("Read")
 parse_config = configs.parse
 save_lora = saving.save_lora
-_SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
 
 
 @cache
@@ -64,11 +63,12 @@ def check(
     targets = Targets(config)
     found = places.sort(kind, config, targets, header)
     _check_targets(config, targets, found.roles)
-    facts = kind.check(config, found.roles, targets) if kind.check else {}
+    facts = kind.check(config, found.roles, targets, header) if kind.check else {}
     if not found.roles and not found.loose:
         raise invalid("The file holds no tensor of this kind of adapter", pointer="/peft_type", met=config.peft_type,
-                      wanted=f"tensors of {config.peft_type}", remedy=_SAVE_AGAIN)  # fmt: skip
-    _check_shapes(facts, base_shapes or {})
+                      wanted=f"tensors of {config.peft_type}", remedy=SAVE_AGAIN)  # fmt: skip
+    for module, fact in facts.items():
+        check_fit(module, fact.shape, (base_shapes or {}).get(module, fact.shape))
     blockers = (*kind.blockers(config, header), *found.blockers)
     return AdapterFacts(
         kind=kind.name,
@@ -84,6 +84,7 @@ def check(
         biases=tuple(sorted(found.biases)),
         biased=tuple(sorted(module for module, tensors in found.roles.items() if "bias" in tensors)),
         gains={module: tensors["gain"].size for module, tensors in sorted(found.roles.items()) if "gain" in tensors},
+        feedforward=kind.feedforward(found.roles, targets) if kind.feedforward else frozenset(),
         blockers=blockers,
         warnings=tuple(found.warnings),
     )
@@ -150,16 +151,15 @@ class _Reader:
     path: Path
     header: Header
     roles: Roles
-    base: Weights | None
+    base: BaseWeights | None
 
     def module(self, form: Callable[[Site], Read]) -> Callable[[str], Read]:
         """Reader of what `form` makes of a module."""
 
         def read(module: str) -> Read:
-            facts = self.facts.module(module)
             with files.open_file(self.path, known=self.header) as file:
-                return form(Site(file=file, config=self.config, module=module, tensors=self.roles[module], facts=facts,
-                                 base=self.base))  # fmt: skip
+                return form(Site(file=file, config=self.config, module=module, tensors=self.roles[module],
+                                 whole=self.facts, base=self.base))  # fmt: skip
 
         return read
 
@@ -189,6 +189,8 @@ def load(
                              wanted="an adapter whose whole effect is known from its files", remedy=blocker.remedy,
                              rule="T4")  # fmt: skip
     roles = places.sort(kind, config, Targets(config), header).roles
+    if base is not None:
+        facts = _with_base(kind, config, facts, base)
     reader = _Reader(config=config, facts=facts, path=path, header=header, roles=roles, base=base)
     assert kind.delta is not None
     biases: Mapping[str, Float32] = Lazy(facts.biased, reader.module(kind.bias)) if kind.bias else {}
@@ -197,6 +199,22 @@ def load(
     return Adapter(
         config=config, facts=facts, path=path, modules=Lazy(facts.shapes, reader.module(kind.delta)), biases=biases,
         gains=gains, saved=Lazy(replaced, lambda name: reader.tensor(replaced[name])),
+    )  # fmt: skip
+
+
+def _with_base(kind: Kind, config: AdapterConfig, facts: AdapterFacts, base: BaseWeights) -> AdapterFacts:
+    """The facts where those of the file depend on the base: shapes, ranks, and the biases that IA3 multiplies."""
+    if kind.with_base is None:
+        return facts
+    shapes = {name: shape for name in facts.modules if (shape := base.shape(f"{of_base(name)}.weight")) is not None}
+    found = kind.with_base(config, facts, shapes)
+    biased = {name for name in facts.gains if name not in facts.feedforward and base.find(f"{name}.bias")}
+    return replace(
+        facts, ranks={name: fact.rank for name, fact in found.items()},
+        rank=max((fact.rank for fact in found.values()), default=0),
+        shapes={name: fact.shape for name, fact in found.items()},
+        scalings={name: fact.scaling for name, fact in found.items()},
+        layouts={name: fact.layout for name, fact in found.items()}, biased=tuple(sorted({*facts.biased, *biased})),
     )  # fmt: skip
 
 
@@ -220,17 +238,8 @@ def _check_targets(config: AdapterConfig, targets: Targets, roles: Mapping[str, 
     for module, tensors in roles.items():
         if not targets.is_target(module):
             raise invalid("The weights have a module that the config does not target", pointer=next(
-                iter(tensors.values())).name, met=module, remedy=_SAVE_AGAIN,
+                iter(tensors.values())).name, met=module, remedy=SAVE_AGAIN,
                 wanted=f"a module of target_modules {_shown(config.target_modules)}")  # fmt: skip
-
-
-def _check_shapes(facts: Mapping[str, ModuleFacts], base_shapes: Mapping[str, tuple[int, int]]) -> None:
-    for module, fact in facts.items():
-        wanted = base_shapes.get(module, fact.shape)
-        if fact.shape != wanted:
-            raise invalid("A module does not fit the base model", pointer=module, met=list(fact.shape),
-                          wanted=f"{list(wanted)} (out, in)",
-                          remedy="Name the base model this adapter was trained on.")  # fmt: skip
 
 
 def _shown(targets: tuple[str, ...] | str | None) -> str:

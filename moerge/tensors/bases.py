@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from moerge.tensors import checkpoints
+from moerge.errors import CheckpointInvalid
+from moerge.tensors import checkpoints, header
 from moerge.tensors.checkpoints import Checkpoint
 from moerge.tensors.files import Float32
 
@@ -76,10 +77,26 @@ class BaseWeights:
         found = {*longer, *shorter}
         return found.pop() if len(found) == 1 else None
 
-    def tensor(self, name: str) -> Float32 | None:
-        """A tensor as float32, by the name an adapter has for it."""
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor, by the name an adapter has for it."""
         found = self.find(name)
-        return None if found is None else self._checkpoint.float32(found)
+        return None if found is None else self._checkpoint.info(found).shape
+
+    def tensor(self, name: str) -> Float32 | None:
+        """A tensor as float32, by the name an adapter has for it. Raises CheckpointInvalid for one that is not floats.
+
+        Integers would be those of a quantised base, whose scales lie elsewhere.
+        """
+        found = self.find(name)
+        if found is None:
+            return None
+        dtype = self._checkpoint.info(found).dtype
+        if dtype not in header.WEIGHT_DTYPES:
+            raise CheckpointInvalid(
+                f"{found} of the base is stored as {dtype}.", pointer=found, met=dtype,
+                wanted=" or ".join(sorted(header.WEIGHT_DTYPES)), remedy="Use the base before it was quantised.",
+            )  # fmt: skip
+        return self._checkpoint.float32(found)
 
     def weight(self, module: str) -> Float32 | None:
         """The weight of a module as the base stores it, (out, in) for a linear layer."""

@@ -36,6 +36,7 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: tuple[str, ...] | str | None = None
     exclude_modules: tuple[str, ...] | str | None = None
+    feedforward_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ def parse(data: bytes) -> AdapterConfig:
         alpha_pattern=_mapping(raw, "alpha_pattern", _alpha) if patterned else {},
         target_modules=targets,
         exclude_modules=_field(raw, "exclude_modules", _texts_or_pattern, None),
+        feedforward_modules=_field(raw, "feedforward_modules", _texts_or_pattern, None),
         layers_to_transform=layers,
         layers_pattern=_as_tuple(_field(raw, "layers_pattern", _texts_or_pattern, ())),
         modules_to_save=_as_tuple(_field(raw, "modules_to_save", _texts_or_pattern, ())),

@@ -52,7 +52,7 @@ def sort(kind: Kind, config: AdapterConfig, targets: Targets, header: Header) ->
             raise _homeless(kind, name, f"a name that starts with {PREFIX}")
         elif targets.is_saved(path) or _embedding(path) or (has_tokens and ".trainable_tokens_" in name):
             places.saved.append(name)
-        elif config.bias in {"all", "lora_only"} and path.endswith(".bias"):
+        elif (config.bias == "all" or config.bias.endswith("_only")) and path.endswith(".bias"):
             places.biases.append(name)
         else:
             raise _homeless(kind, name, "a tensor of a module the config names")

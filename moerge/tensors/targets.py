@@ -26,6 +26,9 @@ class Targets:
         self._ranks = KeyTable(config.rank_pattern, pointer="/rank_pattern")
         self._alphas = KeyTable(config.alpha_pattern, pointer="/alpha_pattern")
         self._names = frozenset(config.target_modules if isinstance(config.target_modules, tuple) else ())
+        feedforward = config.feedforward_modules
+        self._feedforward = frozenset(feedforward if isinstance(feedforward, tuple) else ())
+        self._feedforward_lengths = sorted({len(name) for name in self._feedforward})
 
     def rank(self, module: str) -> int:
         """The rank the config gives a module: the first matching rank_pattern, else r."""
@@ -51,6 +54,18 @@ class Targets:
         if module in self._names:
             return True
         return self._ends_with_name(module, self._names) and self._is_wanted_layer(module)
+
+    def is_feedforward(self, module: str) -> bool | None:
+        """Whether IA3 multiplies what the module takes in; None where only the base model could tell."""
+        wanted = self._config.feedforward_modules
+        if wanted is None:
+            return None
+        if isinstance(wanted, str):
+            return patterns.matches(wanted, module, self._budget, whole=True, pointer="/feedforward_modules")
+        self._budget.spend(1)
+        # PEFT takes any end of the name, not only one after a dot.
+        return any(module[len(module) - length :] in self._feedforward for length in self._feedforward_lengths
+                   if length <= len(module))  # fmt: skip
 
     def is_saved(self, path: str) -> bool:
         """Whether the parameter at `path` belongs to one of modules_to_save."""

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod, sqrt
 from typing import Any
 
@@ -12,19 +13,36 @@ import numpy as np
 from moerge.tensors.config import AdapterConfig
 from moerge.tensors.files import Float32
 from moerge.tensors.header import Header
-from moerge.tensors.kind import Blocker, Kind, Layout, LowRank, ModuleFacts, Roles, Site, Tensors, invalid
+from moerge.tensors.kind import (
+    GIVE_BASE,
+    SAVE_AGAIN,
+    AdapterFacts,
+    Blocker,
+    Dense,
+    Kind,
+    Layout,
+    LowRank,
+    ModuleFacts,
+    Roles,
+    Shapes,
+    Site,
+    Tensors,
+    check_fit,
+    invalid,
+    replaced,
+    shape_of,
+)
 from moerge.tensors.targets import Targets
 
-_SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
 _CONVERT = (
     "Convert it to a plain LoRA: keep the adapter as initialised and pass its folder as "
     "path_initial_model_for_weight_conversion to save_pretrained after training."
 )
-_GIVE_BASE = "Have the operator put the weights of the base model into the hub, or train without this setting."
 _MERGE_YOURSELF = "Train without this setting, or share it for routing and download only."
 
-# "formed": understood here and part of the delta. "inert": does not change what a trained adapter computes.
-# Any other text is why the delta cannot be formed when the field is set.
+# "formed": understood here and part of what the adapter adds. "with base": so too where the weights of the base are at
+# hand. "inert": does not change what a trained adapter computes. Any other text is why the delta cannot be formed when
+# the field is set.
 FIELDS: Mapping[str, str] = {
     "r": "formed",
     "lora_alpha": "formed",
@@ -37,6 +55,9 @@ FIELDS: Mapping[str, str] = {
     "layers_pattern": "formed",
     "fan_in_fan_out": "formed",
     "lora_bias": "formed",
+    "use_dora": "with base",
+    "bias": "with base",
+    "modules_to_save": "with base",
     "init_lora_weights": "formed",
     "base_model_name_or_path": "formed",
     "peft_type": "formed",
@@ -57,9 +78,6 @@ FIELDS: Mapping[str, str] = {
     # These two change training only: gradients of A, and noise on A that evaluation leaves out.
     "velora_config": "inert",
     "monteclora_config": "inert",
-    "use_dora": "DoRA rescales the columns of base plus delta, so its delta depends on the base (arXiv 2402.09353)",
-    "bias": "trained biases of the base are part of the adapter",
-    "modules_to_save": "whole modules of the base are replaced",
     "trainable_token_indices": "rows of the embedding are replaced",
     "target_parameters": "parameters, not modules, are adapted, and their factors are stacked per expert",
     "layer_replication": "the base is rebuilt with repeated layers",
@@ -70,8 +88,6 @@ FIELDS: Mapping[str, str] = {
     "arrow_config": "it mixes other adapters per token",
     "kasa_config": "the base loses its smallest singular values first (arXiv 2412.06071)",
 }
-# Known as soon as the weights of the base are.
-_WITH_BASE = frozenset({"use_dora", "bias", "modules_to_save"})
 _VARIANT_TENSORS = {
     "kasa_config": "lora_diag",
     "velora_config": "lora_velora_",
@@ -87,10 +103,14 @@ def blockers(config: AdapterConfig, header: Header) -> tuple[Blocker, ...]:
     """Every reason in config or file why B @ A alone is not what this adapter adds to the base."""
     found = [
         Blocker(f"/{name}", _shown(config.raw[name]), f"The delta cannot be formed from the file: {why}",
-                _GIVE_BASE if name in _WITH_BASE else _MERGE_YOURSELF, needs_base=name in _WITH_BASE)
+                _MERGE_YOURSELF)
         for name, why in FIELDS.items()
-        if why not in ("formed", "inert") and _is_set(name, config.raw.get(name))
+        if why not in ("formed", "with base", "inert") and _is_set(config.raw.get(name))
     ]  # fmt: skip
+    if config.use_dora:
+        found.append(Blocker("/use_dora", "True", "The delta cannot be formed from the file: DoRA rescales the rows of "
+                             "base plus delta (arXiv 2402.09353)", GIVE_BASE, needs_base=True))  # fmt: skip
+    found += replaced(config)
     start = config.raw.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
         found.append(Blocker("/init_lora_weights", start, "The adapter is a delta to a changed base", _CONVERT))
@@ -104,8 +124,9 @@ def blockers(config: AdapterConfig, header: Header) -> tuple[Blocker, ...]:
     return tuple(found)
 
 
-def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, ModuleFacts]:
+def check(config: AdapterConfig, roles: Roles, targets: Targets, header: Header) -> dict[str, ModuleFacts]:
     """Rank, shape and scaling of all modules; raises AdapterInvalid where A, B and config disagree."""
+    del header
     if config.raw.get("target_parameters") or config.raw.get("use_bdlora"):
         # Stacked per expert or cut into blocks: A has other shapes by design, and the blockers name these fields.
         return {}
@@ -121,12 +142,12 @@ def check(config: AdapterConfig, roles: Roles, targets: Targets) -> dict[str, Mo
                 pointer=a.name,
                 met=f"A {list(a.shape)}, B {list(b.shape)}",
                 wanted="A (rank, in) and B (out, rank)",
-                remedy=_SAVE_AGAIN,
+                remedy=SAVE_AGAIN,
             )
         if a.shape[0] != rank:
             raise invalid("The rank in the config is not the rank of the weights", pointer=a.name, met=a.shape[0],
                           wanted=f"{rank}, from r or rank_pattern in adapter_config.json",
-                          remedy=_SAVE_AGAIN)  # fmt: skip
+                          remedy=SAVE_AGAIN)  # fmt: skip
         alpha = targets.alpha(module)
         layout = Layout("embedding") if "embedding_A" in tensors else Layout()
         if len(a.shape) > 2:
@@ -147,11 +168,40 @@ def extras(config: AdapterConfig, name: str) -> bool:
     )
 
 
-def delta(site: Site) -> LowRank:
-    """The factors of one module as matrices; a convolution's are flattened to (rank, in * kernel) and (out, rank)."""
+def with_base(config: AdapterConfig, facts: AdapterFacts, shapes: Shapes) -> dict[str, ModuleFacts]:
+    """With DoRA every module needs a weight that fits, and its delta is not of low rank."""
+    found = {name: facts.module(name) for name in facts.shapes}
+    if config.use_dora:
+        for name, fact in found.items():
+            wanted = fact.layout.canonical_shape(shape_of(shapes, name), fan_in_fan_out=config.fan_in_fan_out)
+            check_fit(name, fact.shape, wanted)
+            found[name] = replace(fact, rank=min(fact.shape))
+    return found
+
+
+def delta(site: Site) -> LowRank | Dense:
+    """The factors of one module as matrices; a convolution's are flattened to (rank, in * kernel) and (out, rank).
+
+    With DoRA the delta itself: magnitude * (W + B A) / |W + B A| - W, the norm per output.
+    """
     facts = site.facts
     A, B = (site.read(role if role in site.tensors else f"embedding_{role}") for role in "AB")
-    return LowRank(A.reshape(facts.rank, -1), B.reshape(-1, facts.rank), facts.scaling, facts.layout)
+    rank = A.shape[0]
+    found = LowRank(A.reshape(rank, -1), B.reshape(-1, rank), facts.scaling, facts.layout)
+    if not site.config.use_dora:
+        return found
+    weight, magnitude = site.base_weight(), site.read("magnitude").ravel()
+    if len(magnitude) != facts.shape[0]:
+        raise invalid("DoRA's magnitude has not one value per output, as PEFT has it since 0.10", wanted=facts.shape[0],
+                      pointer=site.tensors["magnitude"].name, met=len(magnitude), remedy=SAVE_AGAIN)  # fmt: skip
+    tuned = weight + found.delta()
+    norms = np.sqrt(np.einsum("ij,ij->i", tuned, tuned, dtype=np.float64))
+    if not norms.all():
+        raise invalid("A row of base plus delta is zero, so DoRA has no direction there", pointer=site.module,
+                      met=f"row {int(norms.argmin())} of zeros", wanted="rows of some length",
+                      remedy="Leave this expert out.")  # fmt: skip
+    tuned *= (magnitude / norms).astype(np.float32)[:, None]
+    return Dense(tuned - weight, facts.layout)
 
 
 def bias(site: Site) -> Float32:
@@ -163,37 +213,34 @@ def _check_roles(config: AdapterConfig, module: str, tensors: Tensors) -> None:
     pair = {"embedding_A", "embedding_B"} if "embedding_A" in tensors or "embedding_B" in tensors else {"A", "B"}
     if missing := sorted(pair - tensors.keys()):
         raise invalid("A module lacks one of its two factors", pointer=module, met=", ".join(sorted(tensors)),
-                      wanted=f"also lora_{missing[0]}", remedy=_SAVE_AGAIN)  # fmt: skip
+                      wanted=f"also lora_{missing[0]}", remedy=SAVE_AGAIN)  # fmt: skip
     if extra := sorted(tensors.keys() & ({"A", "B", "embedding_A", "embedding_B"} - pair)):
         raise invalid("A module has the factors of a layer and of an embedding", pointer=module,
-                      met=", ".join(extra), wanted="one pair", remedy=_SAVE_AGAIN)  # fmt: skip
+                      met=", ".join(extra), wanted="one pair", remedy=SAVE_AGAIN)  # fmt: skip
     first, second = (tensors[role] for role in sorted(pair))
     is_kernel = len(first.shape) > 2 and len(second.shape) == len(first.shape) and set(second.shape[2:]) == {1}
     if not is_kernel and not len(first.shape) == len(second.shape) == 2:
         raise invalid("A and B of one module do not fit together", pointer=first.name,
-                      met=f"{list(first.shape)} and {list(second.shape)}", remedy=_SAVE_AGAIN,
+                      met=f"{list(first.shape)} and {list(second.shape)}", remedy=SAVE_AGAIN,
                       wanted="two matrices, or a convolution's kernel and a kernel of size 1")  # fmt: skip
     if config.use_dora != ("magnitude" in tensors):
         met = "a magnitude" if "magnitude" in tensors else "no magnitude"
-        raise invalid("Config and weights disagree about DoRA", pointer=module, remedy=_SAVE_AGAIN,
+        raise invalid("Config and weights disagree about DoRA", pointer=module, remedy=SAVE_AGAIN,
                       met=f"use_dora {config.use_dora} and {met}", wanted="both or neither")  # fmt: skip
     if "magnitude" in tensors and tensors["magnitude"].size not in (second.shape[0], prod(first.shape[1:])):
         info = tensors["magnitude"]
         raise invalid("DoRA's magnitude does not fit its module", pointer=info.name, met=list(info.shape),
-                      wanted=f"{second.shape[0]} values", remedy=_SAVE_AGAIN)  # fmt: skip
-    if "bias" in tensors and not config.raw.get("lora_bias"):
-        raise invalid(
-            "Config and weights disagree about lora_bias",
-            pointer=tensors["bias"].name,
-            met="a bias on B",
-            wanted="lora_bias true in adapter_config.json",
-            remedy=_SAVE_AGAIN,
-        )
+                      wanted=f"{second.shape[0]} values", remedy=SAVE_AGAIN)  # fmt: skip
+    if bool(config.raw.get("lora_bias")) != ("bias" in tensors):
+        raise invalid("Config and weights disagree about lora_bias", pointer=second.name,
+                      met=f"lora_bias {config.raw.get('lora_bias')} and {'a' if 'bias' in tensors else 'no'} bias on B",
+                      wanted="both or neither", remedy=SAVE_AGAIN)  # fmt: skip
+    if "bias" in tensors and tensors["bias"].shape != (second.shape[0],):
+        raise invalid("The bias on B does not fit its module", pointer=tensors["bias"].name, remedy=SAVE_AGAIN,
+                      met=list(tensors["bias"].shape), wanted=[second.shape[0]])  # fmt: skip
 
 
-def _is_set(name: str, value: Any) -> bool:
-    if name == "bias":
-        return value not in (None, "none")
+def _is_set(value: Any) -> bool:
     # An empty sub-config means its defaults, not that the variant is off.
     return bool(value) or isinstance(value, dict)
 
@@ -216,6 +263,7 @@ SPEC = Kind(
     },
     blockers=blockers,
     check=check,
+    with_base=with_base,
     delta=delta,
     bias=bias,
     extras=extras,
