@@ -21,7 +21,7 @@ Float64 = npt.NDArray[np.float64]
 NEGLIGIBLE = 1e-6
 # Up to this many rows or columns an exact SVD of a dense delta takes milliseconds.
 EXACT_SIDE = 256
-_ITERATIONS = 4
+_BLOCKS = 4
 _PANEL_ROWS = 512
 _GRAM_ROWS = 1024
 # A Gram matrix squares the condition: with eigenvalues down to this share of the largest float64 leaves six digits on
@@ -29,6 +29,8 @@ _GRAM_ROWS = 1024
 _SAFE = 1e-10
 # Cores are worked on further, so their bases keep eight digits.
 _SAFE_CORE = 1e-8
+# Squared singular values below this share of the largest are rounding of their Gram matrix.
+_NOTHING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -205,22 +207,29 @@ def _gauge(left: Float64, right: Float64) -> Float64:
 def truncate_dense(delta: Array, rank: int, *, key: tuple[int, int]) -> Truncated:
     """The closest delta of at most `rank` to a dense matrix.
 
-    Exact for small matrices, else randomised subspace iteration with 2 * rank directions and 4 rounds (Halko,
-    Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4): about 0.01 % above the smallest possible error on merged
-    deltas. `key` fixes the random directions.
+    Exact for small matrices, else the best within a randomised block Krylov space of 4 blocks of `rank` directions
+    (Musco, Musco, arXiv 1504.05477): about 0.02 % above the smallest possible error on merged deltas. `key` fixes the
+    random directions.
     """
     rows, columns = delta.shape
     if min(rows, columns) <= max(EXACT_SIDE, 2 * rank):
         U, S, Vt = np.linalg.svd(delta.astype(np.float64), full_matrices=False)
         return _balanced(U, S, Vt, rank=rank, dtype=delta.dtype)
-    basis = np.linalg.qr(_times(delta, noise.signs(key, (columns, 2 * rank))))[0]
-    for _ in range(_ITERATIONS):
-        basis = np.linalg.qr(_times(delta, np.linalg.qr(_transposed_times(delta, basis))[0]))[0]
-    small = _transposed_times(delta, basis).astype(np.float64)
-    Q, R = np.linalg.qr(small)
-    U, S, Vt = np.linalg.svd(R.T)
-    result = _balanced(basis.astype(np.float64) @ U, S, Vt @ Q.T, rank=rank, dtype=delta.dtype)
-    return Truncated(result.factors, result.kept, square_norm(delta), result.sizes)
+    basis = np.linalg.qr(_times(delta, noise.signs(key, (columns, rank))))[0]
+    for _ in range(min(_BLOCKS, min(rows, columns) // rank) - 1):
+        inputs = np.linalg.qr(_transposed_times(basis[:, -rank:], delta).T)[0]
+        found = _times(delta, inputs)
+        found -= basis @ (basis.T @ found)
+        basis = np.concatenate([basis, np.linalg.qr(found)[0]], axis=1)
+    # What earlier blocks already hold is taken out of later ones only up to rounding.
+    basis = np.linalg.qr(basis)[0]
+    seen = Factors(basis, _transposed_times(basis, delta))
+    squares, vectors = np.linalg.eigh(_gram(seen.A.T))
+    squares, vectors = np.maximum(squares[::-1], 0.0), vectors[:, ::-1][:, :rank]
+    root = np.sqrt(np.sqrt(squares[:rank]))
+    inverse = np.where(squares[:rank] > _NOTHING * squares[0], 1 / np.where(root > 0, root, 1.0), 0.0)
+    factors = _recombined(seen, vectors * root, vectors * inverse, dtype=delta.dtype)
+    return Truncated(factors, float(squares[:rank].sum()), square_norm(delta), squares)
 
 
 def square_norm(values: Array) -> float:
@@ -258,11 +267,12 @@ def _times(delta: Array, right: Array) -> Array:
     )
 
 
-def _transposed_times(delta: Array, right: Array) -> Array:
-    """delta.T @ right, added up over the same panels."""
-    total = np.zeros((delta.shape[1], right.shape[1]), dtype=delta.dtype)
+def _transposed_times(left: Array, delta: Array) -> Array:
+    """left.T @ delta, added up over the same panels."""
+    left = np.ascontiguousarray(left.T)
+    total = np.zeros((left.shape[0], delta.shape[1]), dtype=delta.dtype)
     for start in range(0, delta.shape[0], _PANEL_ROWS):
-        total += delta[start : start + _PANEL_ROWS].T @ right[start : start + _PANEL_ROWS]
+        total += left[:, start : start + _PANEL_ROWS] @ delta[start : start + _PANEL_ROWS]
     return total
 
 
