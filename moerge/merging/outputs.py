@@ -47,7 +47,7 @@ class LoraWriter:
 
     def __init__(self, recipe: Recipe, brought: Brought, folder: Path, *, base: BaseWeights | None, rank: int) -> None:
         self._recipe, self._brought, self._folder, self._base, self._rank = recipe, brought, folder, base, rank
-        self._modules: dict[str, tuple[Array, Array]] = {}
+        self.modules: dict[str, Factors] = {}
         self._biases: dict[str, Float32] = {}
         self._saved: dict[str, Float32] = {}
 
@@ -56,14 +56,14 @@ class LoraWriter:
         """Of the file: what was asked for, or the largest that a module needs for its share of energy."""
         if self._recipe.output.energy is None:
             return self._rank
-        return max((A.shape[0] for _, A in self._modules.values()), default=1)
+        return max((A.shape[0] for _, A in self.modules.values()), default=1)
 
     def put(self, place: Place, delta: Delta) -> tuple[Spectrum, int | None]:
         check_finite(self._recipe, place, delta)
         if place.role == "module":
             found = ranks.fit(delta, rank=self._rank, energy=self._recipe.output.energy, name=place.name)
             check_norm(self._recipe, place, found.whole)
-            self._modules[place.name] = found.factors
+            self.modules[place.name] = found.factors
             return Spectrum.of(found), found.factors.rank
         values = as_float32(delta)
         if place.role == "bias":
@@ -76,9 +76,9 @@ class LoraWriter:
         kept = {name: one.values() for name, one in self._brought.kept.items()}
         padded = {
             module: (np.pad(B, ((0, 0), (0, self.rank - B.shape[1]))), np.pad(A, ((0, self.rank - A.shape[0]), (0, 0))))
-            for module, (B, A) in self._modules.items()
+            for module, (B, A) in self.modules.items()
         }
-        self._modules.clear()
+        self.modules.clear()
         saving.save_lora(
             self._folder,
             padded,

@@ -9,11 +9,12 @@ from moerge.errors import RecipeInvalid
 from moerge.merging import cost, engine, experts, report
 from moerge.merging.cost import Cost
 from moerge.merging.experts import ACCEPTED, Brought
+from moerge.merging.experts import Place
 from moerge.merging.full import FullWriter
 from moerge.merging.outputs import DELTA_FILE, TERNARY_FILE, DeltaWriter, Ia3Writer, LoraWriter, Writer
 from moerge.merging.recipe import Recipe
 from moerge.merging.report import ModuleReport, Report
-from moerge.merging.sources import Cancelled, Watch, never, silent
+from moerge.merging.sources import Cancelled, Delta, Watch, never, silent
 from moerge.merging.statistics import Statistics
 from moerge.tensors.adapters import Adapter, BaseWeights
 
@@ -31,14 +32,17 @@ def merge(
     threads: int = 1,
     progress: Callable[[float], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    observe: Callable[[Place, Delta], None] | None = None,
 ) -> Report:
     """Merge the recipe's adapters, found by `Expert.digest`, and write the result to `out_dir`.
 
     That is an adapter (`adapter_config.json` and weights) for lora and ia3, `delta.safetensors` for delta and for
     ternary, whose encoding is a codec's, and a checkpoint for full. `base` are the base's weights where the result
     depends on them; what a method of group 2 needs is found by `Expert.statistics`. `progress` is told the share done,
-    `cancelled` asked whether to stop. Raises ExpertsIncompatible when the adapters do not fit together, RecipeInvalid
-    when the output rank or the memory does not fit, Cancelled when told to stop; `out_dir` then holds nothing new.
+    `cancelled` asked whether to stop; `observe` hears every merged tensor as it was computed, before it is rounded and
+    laid out: a LoRA's module as the factors of its rank. Raises ExpertsIncompatible when the adapters do not fit
+    together, RecipeInvalid when the output rank or the memory does not fit, Cancelled when told to stop; `out_dir` then
+    holds nothing new.
     """
     watch = Watch(progress or silent, cancelled or never)
     with ExitStack() as opened:
@@ -54,7 +58,10 @@ def merge(
             settings = engine.Settings(threads=threads, watch=watch)
             merged = engine.merge(recipe.spec, brought.sources, recipe.parameters, seed=recipe.seed, settings=settings)
             for name, delta in merged:
-                energy, rank = writer.put(brought.places[name], delta)
+                place = brought.places[name]
+                energy, rank = writer.put(place, delta)
+                if observe is not None:
+                    observe(place, writer.modules.get(name, delta) if isinstance(writer, LoraWriter) else delta)
                 absent = tuple(source.label for source in brought.sources if name not in source.tensors)
                 modules.append(ModuleReport(name, rank, math.sqrt(energy.whole), energy.share, absent))
                 spectra.append(energy)
