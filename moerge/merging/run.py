@@ -8,8 +8,7 @@ from pathlib import Path
 from moerge.errors import RecipeInvalid
 from moerge.merging import cost, engine, experts, report
 from moerge.merging.cost import Cost
-from moerge.merging.experts import ACCEPTED, Brought
-from moerge.merging.experts import Place
+from moerge.merging.experts import ACCEPTED, Brought, Place
 from moerge.merging.full import FullWriter
 from moerge.merging.outputs import DELTA_FILE, TERNARY_FILE, DeltaWriter, Ia3Writer, LoraWriter, Writer
 from moerge.merging.recipe import Recipe
