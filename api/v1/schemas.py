@@ -330,7 +330,7 @@ class MergeCheckRecord(s.Serializer[Any]):
     digest = s.CharField()
     repo = s.CharField()
     commit = s.CharField()
-    state = s.ChoiceField(Merge.State.choices, allow_null=True, help_text="Null: nobody has registered it yet.")
+    state = s.CharField(allow_null=True, help_text="As of the merge; null: nobody has registered it yet.")
     recipe = s.JSONField()
     warnings = s.ListField(child=s.CharField())
     experts = MergeCheckExpert(many=True)

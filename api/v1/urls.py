@@ -18,6 +18,7 @@ urlpatterns = [
     path("experts/<str:owner>/<str:name>/revisions/<str:revision>", experts.OneRevision.as_view()),
     path("experts/<str:owner>/<str:name>/compressed", experts.Compressed.as_view()),
     path("route", routing.Route.as_view()),
+    path("route/merge", routing.RouteMerge.as_view()),
     path("merges", merges.Merges.as_view()),
     path("merges/check", merges.MergeCheck.as_view()),
     path("merges/<str:merge_id>", merges.OneMerge.as_view()),

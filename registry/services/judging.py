@@ -15,6 +15,7 @@ from moerge.merging.cost import Cost
 from moerge.merging.recipe import Recipe
 from registry.errors import ExpertsIncompatible, Fault, RecipeInvalid
 from registry.models import BaseModel
+from registry.services import base_weights
 from registry.services.parents import Parent
 
 MOST_NAMES = 20
@@ -43,7 +44,7 @@ def judge(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Judg
     """Raises ExpertsIncompatible or RecipeInvalid. The recipe names the base's weights where the result needs them."""
     _check_kept(recipe, parents)
     recipe = _with_base(recipe, parents, base=base)
-    _check_shapes(recipe, parents)
+    _check_shapes(parents)
     found = _cost(recipe, parents, base=base)
     if found is not None:
         _check_rank(recipe, parents, found)
@@ -90,42 +91,86 @@ def _needing_base(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel)
     """
     remedy = f"An operator adds the weights of the base: bin/manage add_base_weights {base.name} FOLDER"
     weights = f"the weights of {base.name}, which the hub does not have"
-    keeps_saved = recipe.output.saved is not None
     found: list[tuple[str, Fault]] = []
     for parent in parents:
-        blockers = parent.blockers(keeps_saved=keeps_saved)
-        hopeless = [item for item in blockers if not item.get("needs_base")]
+        hopeless = [item for item in parent.blockers if not item.get("needs_base")]
         if hopeless:
             raise _blocked(parent, hopeless)
-        for item in blockers:
+        for item in parent.blockers:
             detail = f"{parent.name} cannot be merged without the base ({item['pointer']}): {item['reason']}."
             found.append((detail, Fault(f"{parent.pointer}/expert", item["met"], weights, remedy)))
-    families = {parent.family for parent in parents}
-    if recipe.output.kind == "ia3":
-        for parent in parents:
-            if parent.family != "ia3":
-                raise incompatible(
-                    f"{parent.name} is no IA3 adapter, so it cannot go into IA3 output.",
-                    f"{parent.pointer}/expert",
-                    parent.kind,
-                    "ia3",
-                    "Ask for output lora or delta, or leave it out.",
-                )
-    elif "ia3" in families:
-        first = parents[0]
-        other = next((parent for parent in parents if parent.family != first.family), first)
-        if other is not first:
+    _check_families(recipe, parents)
+    multiplying = [parent for parent in parents if parent.family == "ia3"]
+    if multiplying and recipe.output.kind != "ia3":
+        first, adding = multiplying[0], [parent for parent in parents if parent.family != "ia3"]
+        if adding:
             detail = (
-                f"{other.name} is {other.kind} and {first.name} is {first.kind}: they meet only as deltas of the base."
+                f"{first.name} is IA3 and {adding[0].name} is {adding[0].kind}: they meet only as deltas of the base."
             )
+            fault = Fault(f"{first.pointer}/expert", "ia3", f"{adding[0].kind}, or {weights}", remedy)
         else:
-            detail = f"{first.name} multiplies what the base computes, so {recipe.output.kind} output needs the base."
-        pointer = f"{other.pointer}/expert" if other is not first else "/output/kind"
-        found.append((detail, Fault(pointer, other.kind, f"{first.kind}, or {weights}", remedy)))
+            detail = f"{first.name} multiplies what the base computes, so output {recipe.output.kind} needs the base."
+            fault = Fault("/output/kind", recipe.output.kind, f"ia3, or {weights}", f"Ask for output ia3. Or: {remedy}")
+        found.append((detail, fault))
     if recipe.output.kind == "full":
         detail = f"Full weights are the base with the delta added, and the hub has no weights of {base.name}."
         found.append((detail, Fault("/output/kind", "full", weights, f"{remedy}. Or ask for output lora or delta.")))
-    return found
+    return [*found, *_contested(recipe, parents, base=base)]
+
+
+def _check_families(recipe: Recipe, parents: Sequence[Parent]) -> None:
+    """Raise ExpertsIncompatible where an expert cannot become what is wanted, whatever else is at hand."""
+    for parent in parents:
+        if recipe.output.kind == "ia3" and parent.family != "ia3":
+            raise incompatible(
+                f"{parent.name} is {parent.kind}, and only IA3 experts become IA3.",
+                f"{parent.pointer}/expert",
+                parent.kind,
+                "ia3",
+                "Ask for output lora or delta, or leave it out.",
+            )
+        if recipe.output.kind != "ia3" and recipe.spec.rank_rule == "all" and parent.is_dense:
+            raise incompatible(
+                f"{recipe.method} keeps the factors of every expert, and the delta of {parent.name} has none.",
+                "/method",
+                recipe.method,
+                "a method on deltas",
+                "Use linear, which gives the same sum.",
+            )
+
+
+def _contested(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> list[tuple[str, Fault]]:
+    """Saved tensors that are merged as changes of the base's: sentence and fault where they cannot be without it.
+
+    What one expert alone has, or the one that `output.saved` names, is kept as it is. Raises ExpertsIncompatible where
+    several experts have their own and the base has none to compare with.
+    """
+    owners: dict[str, list[Parent]] = {}
+    for parent in parents:
+        for name in parent.saved:
+            owners.setdefault(name, []).append(parent)
+    keeper = recipe.output.saved
+    several = {
+        name: found for name, found in owners.items() if len(found) > 1 and keeper not in [one.name for one in found]
+    }
+    if base.weights and several:
+        with base_weights.open(base) as weights:
+            several = {name: found for name, found in several.items() if weights.find(name) is None}
+        if not several:
+            return [("", Fault("/output/saved"))]
+    elif base.weights and owners and keeper is None:
+        return [("", Fault("/output/saved"))]
+    if not several:
+        return []
+    name, found = next(iter(several.items()))
+    names = [one.name for one in found]
+    remedy = "Name the expert whose saved tensors are kept as output.saved."
+    if not base.weights:
+        remedy += f" Or an operator adds the weights of the base: bin/manage add_base_weights {base.name} FOLDER"
+    detail = f"{' and '.join(names[:5])} each have their own {name}, which can be merged only as changes of the base's."
+    faults = [Fault(f"{found[-1].pointer}/expert", name, "a tensor that the base has", remedy)]
+    faults.append(Fault("/output/saved", None, "one of " + ", ".join(names), remedy))
+    raise ExpertsIncompatible(detail, faults=faults)
 
 
 def _blocked(parent: Parent, blockers: Sequence[Mapping[str, Any]]) -> ExpertsIncompatible:
@@ -142,14 +187,12 @@ def _blocked(parent: Parent, blockers: Sequence[Mapping[str, Any]]) -> ExpertsIn
 # Shapes, ranks, memory
 
 
-def _check_shapes(recipe: Recipe, parents: Sequence[Parent]) -> None:
+def _check_shapes(parents: Sequence[Parent]) -> None:
     """Raise ExpertsIncompatible where two experts have a module, or a saved tensor, of different shapes."""
     known: dict[str, tuple[tuple[int, ...], Parent]] = {}
     for parent in parents:
-        shapes: dict[str, tuple[int, ...]] = {name: module.shape for name, module in (parent.modules or {}).items()}
-        if recipe.output.saved is None:
-            shapes |= parent.saved
-        for name, shape in shapes.items():
+        shapes = {name: module.shape for name, module in (parent.modules or {}).items()}
+        for name, shape in [*shapes.items(), *parent.saved.items()]:
             wanted, other = known.setdefault(name, (shape, parent))
             if wanted != shape and parent.family == other.family:
                 raise _unlike(name, shape, parent, wanted, other)
@@ -175,12 +218,11 @@ def _cost(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Cost
     is_gain = recipe.output.kind == "ia3"
     if any(parent.modules is None or (parent.family == "ia3" and not is_gain) for parent in parents):
         return None
-    keeper = recipe.output.saved
     return cost.estimate(
         recipe.spec,
         recipe.output,
         [_of_cost(parent) for parent in parents],
-        saved=[parent.saved for parent in parents if keeper in (None, parent.name)],
+        saved=[parent.saved for parent in parents],
         base_bytes=sum(int(file["size"]) for file in base.weights.get("files", {}).values()),
     )
 
@@ -188,20 +230,23 @@ def _cost(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Cost
 def _of_cost(parent: Parent) -> dict[str, tuple[int, int, int]]:
     modules = parent.modules or {}
     if parent.family == "ia3":
-        return {name: (1, module.shape[0], 0) for name, module in modules.items()}
+        return {name: (1, sum(module.shape), 0) for name, module in modules.items()}
     return {name: (*module.shape, 0 if parent.is_dense else module.rank) for name, module in modules.items()}
 
 
 def _check_rank(recipe: Recipe, parents: Sequence[Parent], found: Cost) -> None:
     """Raise RecipeInvalid for a rank that no module can have, or that is too small for a method that keeps all."""
-    wanted = recipe.output.rank
+    wanted, is_all = recipe.output.rank, recipe.spec.rank_rule == "all"
+    if is_all and recipe.output.energy is not None:
+        fault = Fault("/output/rank", {"energy": recipe.output.energy}, "a number, or null", "Use linear or svd.")
+        raise RecipeInvalid(f"{recipe.method} keeps every factor, whatever energy it holds.", faults=[fault])
     if wanted is None or found.rank is None:
         return
     modules = [parent.modules or {} for parent in parents]
     shapes = {name: module.shape for expert in modules for name, module in expert.items()}
     ranks = [{name: module.rank for name, module in expert.items()} for expert in modules]
     largest = max((min(shape) for shape in shapes.values()), default=1)
-    least = output_rank("all", ranks, shapes) if recipe.spec.rank_rule == "all" else 1
+    least = output_rank("all", ranks, shapes) if is_all else 1
     if wanted < least:
         remedy = "Use svd for a smaller rank."
         fault = Fault("/output/rank", wanted, f"at least {least}, or null", remedy)

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from moerge.merging.experts import ACCEPTED
+from moerge.tensors import places
 from registry.models import Revision
 from registry.services import layouts
 from registry.services.layouts import Module
-
-# What `output.saved` lets one expert keep as it is: tensors that replace tensors of the base.
-KEPT = frozenset({"/modules_to_save", "/bias"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +48,26 @@ class Parent:
 
     @cached_property
     def modules(self) -> dict[str, Module] | None:
-        """Its modules by name; None for a revision that was checked before they were written down."""
-        lines = self.facts.get("layout")
-        return None if lines is None else layouts.unpack(lines)
+        """Its modules by name; None where only the base tells them, or they were not yet written down."""
+        return layouts.unpack(self.facts.get("layout") or []) or None
 
     @cached_property
     def saved(self) -> dict[str, tuple[int, ...]]:
-        """Tensors that replace tensors of the base, with their shapes."""
-        return {name: tuple(shape) for name, shape in self.facts.get("saved_shapes", {}).items()}
+        """The shapes of what replaces tensors of the base, by the base's names."""
+        shapes = self.facts.get("saved_shapes", {})
+        return {places.of_base_tensor(name): tuple(shape) for name, shape in shapes.items()}
 
     @property
     def is_dense(self) -> bool:
-        """Whether its delta is formed with the base and is not low rank."""
-        return any(item["pointer"] == "/use_dora" for item in self.facts.get("blockers", []))
+        """Whether its deltas come as matrices, not as factors."""
+        is_rescaled = any(item["pointer"] == "/use_dora" for item in self.blockers)
+        return is_rescaled or self.family == "ia3" or any(not module.rank for module in (self.modules or {}).values())
 
-    def blockers(self, *, keeps_saved: bool) -> list[Mapping[str, Any]]:
-        """Why its own files are not enough to merge it. `keeps_saved`: one expert's saved tensors stay as they are."""
+    @property
+    def blockers(self) -> list[Mapping[str, Any]]:
+        """Why its own files are not enough to merge it, but for saved tensors, of which a merge takes care itself."""
         found: Sequence[Mapping[str, Any]] = self.facts.get("blockers", [])
-        return [item for item in found if not (keeps_saved and item["pointer"] in KEPT)]
+        return [item for item in found if item["pointer"] not in ACCEPTED]
 
     def has_statistics(self, needs: Sequence[str]) -> bool:
         """Whether it comes with all these kinds of statistics."""

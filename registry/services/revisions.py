@@ -221,7 +221,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     shapes = {bases.pattern_of(module): list(shape) for module, shape in sorted(facts.shapes.items())}
     yield "shapes", dict(list(shapes.items())[:2000])
     yield "family", facts.family
-    yield "layout", layouts.pack(facts.shapes or {name: (size, 0) for name, size in facts.gains.items()}, facts.ranks)
+    gains = {name: (0, size) if name in facts.feedforward else (size, 0) for name, size in facts.gains.items()}
+    yield "layout", layouts.pack(facts.shapes or gains, facts.ranks)
     yield "saved_shapes", dict(list(plan.examined.saved_shapes.items())[:1000])
     if plan.statistics is not None:
         yield "statistics", dict(plan.statistics)

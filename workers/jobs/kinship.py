@@ -9,8 +9,9 @@ import numpy as np
 from moerge.merging import kinship as measures
 from moerge.merging.sources import Given
 from moerge.tensors.adapters import Adapter, Dense, Gain
-from registry.models import Revision
-from registry.services import kinship
+from registry.models import BaseModel, Revision
+from registry.services import base_weights, kinship
+from registry.services.parents import Parent
 from workers.jobs import merge
 from workers.runner import Work
 
@@ -25,7 +26,8 @@ def run(work: Work) -> dict[str, Any]:
     digests = sorted(ids)
     rows = Revision.objects.in_bulk(ids.values())
     with ExitStack() as opened:
-        loaded = [merge.load(rows[ids[digest]], opened) for digest in digests]
+        base = opened.enter_context(base_weights.open(_base_of(rows))) if _needs_base(rows) else None
+        loaded = [merge.load(rows[ids[digest]], opened, base=base) for digest in digests]
         told = _Told(work, READINGS * sum(len(_changes(adapter)) for adapter in loaded))
         found = measures.measure([_Watched(_changes(adapter), told) for adapter in loaded])
     place = {digest: position for position, digest in enumerate(digests)}
@@ -47,6 +49,18 @@ def _figure(value: np.float64) -> float:
 def _changes(adapter: Adapter) -> Mapping[str, Any]:
     """What an adapter changes by module: deltas of the weights, or the gains of IA3."""
     return adapter.gains if adapter.family == "ia3" and not adapter.modules else adapter.modules
+
+
+def _needs_base(rows: Mapping[int, Revision]) -> bool:
+    """Whether some delta is known only with the base's weights, or gains are to be compared with deltas."""
+    parents = [Parent(0, "", row) for row in rows.values()]
+    return any(parent.blockers for parent in parents) or len({parent.family for parent in parents}) > 1
+
+
+def _base_of(rows: Mapping[int, Revision]) -> BaseModel:
+    base = next(iter(rows.values())).base_model
+    assert base is not None, "a revision that is ready has a base"
+    return base
 
 
 class _Told:
