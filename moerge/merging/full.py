@@ -71,7 +71,8 @@ class FullWriter:
         for slots in self._files.values():
             slots.close()
         self._write_index()
-        self._copy_beside()
+        base = self._base.folder
+        copy_beside(base if base.is_dir() else base.parent, self._folder, self._recipe.output.dtype)
 
     def discard(self) -> None:
         for file, slots in self._files.items():
@@ -122,14 +123,15 @@ class FullWriter:
     def _bytes(self, name: str) -> int:
         return self._base.checkpoint.info(name).size * ITEM_BYTES[self._dtype(name)]
 
-    def _copy_beside(self) -> None:
-        folder = self._base.folder if self._base.folder.is_dir() else self._base.folder.parent
-        for path in sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}):
-            shutil.copyfile(path, self._folder / path.name)
-        config = self._folder / _CONFIG
-        if self._asked and config.is_file():
-            record: dict[str, Any] = json.loads(config.read_bytes())
-            # transformers 5 writes dtype, its elders torch_dtype.
-            key = "dtype" if "dtype" in record else "torch_dtype"
-            text = json.dumps({**record, key: self._recipe.output.dtype}, indent=2, sort_keys=True) + "\n"
-            config.write_text(text, encoding="utf-8")
+
+def copy_beside(folder: Path, out: Path, dtype: str | None) -> None:
+    """Copy what lies beside a model's weights; the config names the dtype that was asked for, where one was."""
+    for path in sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, out / path.name)
+    config = out / _CONFIG
+    if dtype and config.is_file():
+        record: dict[str, Any] = json.loads(config.read_bytes())
+        # transformers 5 writes dtype, its elders torch_dtype.
+        key = "dtype" if "dtype" in record else "torch_dtype"
+        text = json.dumps({**record, key: dtype}, indent=2, sort_keys=True) + "\n"
+        config.write_text(text, encoding="utf-8")

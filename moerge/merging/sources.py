@@ -5,6 +5,7 @@ differently for different shapes, so this is what makes every value the same how
 computes it. Blocks are made of whole tiles.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from moerge.errors import ExpertsIncompatible
 from moerge.merging import noise
+from moerge.merging.compiled import Kernels, kernels
 
 Array = npt.NDArray[Any]
 Result = TypeVar("Result")
@@ -58,12 +60,13 @@ class Factors(NamedTuple):
         return np.asarray(self.B @ self.A)
 
 
-@runtime_checkable
-class Stored(Protocol):
+class Stored(ABC):
     """A dense float32 delta that is read in stretches, such as the difference of two checkpoints on disk."""
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
+    @abstractmethod
     def read(self, start: int, stop: int, *, out: Array) -> Array:
         """Values start .. stop of the flattened delta, into `out` (stop - start,)."""
 
@@ -186,6 +189,12 @@ class Stream:
     block_values: int = 1 << 17
     threads: int = 1
     watch: Watch = field(default_factory=Watch)
+    compiled: bool | None = None
+
+    @cached_property
+    def kernels(self) -> Kernels | None:
+        """The compiled loops, where they are wanted or worth it."""
+        return kernels(len(self.sources) * sum(map(self.size, self.names)), wanted=self.compiled)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -294,9 +303,11 @@ class Stream:
 
         def one(span: tuple[int, int]) -> tuple[tuple[int, int], Result]:
             first, last = span
-            values = np.zeros((len(members), (last - first) * width), dtype=dtype)
+            values = np.empty((len(members), (last - first) * width), dtype=dtype)
             for row, delta in zip(values, deltas, strict=True):
-                if delta is not None:
+                if delta is None:
+                    row.fill(0)
+                else:
                     rows_of(delta, first, last, out=row)
             result = work(Block(name, values, first * width, width, size, members, weights, digests, self.seed))
             self.watch.step()
