@@ -44,8 +44,11 @@ class Problem:
         rules = sorted({f"rule {fault['rule']}" for fault in self.faults if fault.get("rule")})
         told = [f"moerge: {', '.join([self.code, *rules])}: {self.detail}"]
         for fault in self.faults:
-            where = f"{fault['pointer']}: " if fault.get("pointer") and len(self.faults) > 1 else ""
-            if len(self.faults) > 1 and (fault.get("met") is not None or fault.get("wanted") is not None):
+            pointer = str(fault.get("pointer") or "")
+            # A JSON pointer says where in the caller's own file; other names stand in the detail.
+            where = f"{pointer}: " if pointer and (len(self.faults) > 1 or pointer.startswith("/")) else ""
+            is_told = len(self.faults) > 1 or (where and not fault.get("remedy"))
+            if is_told and (fault.get("met") is not None or fault.get("wanted") is not None):
                 told.append(f"  {where}met {fault.get('met')}, wanted {fault.get('wanted')}")
             if fault.get("remedy"):
                 told.append(f"  {where}{fault['remedy']}")

@@ -1,7 +1,11 @@
-"""Which hub, and with which key: the argument wins over HF_ENDPOINT and HF_TOKEN. Nothing else here reads them."""
+"""Which hub, with which key, and where what was fetched is kept. Nothing else here reads the environment.
+
+An argument wins over HF_ENDPOINT and HF_TOKEN.
+"""
 
 import os
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from moerge.client.errors import AddressInvalid
@@ -40,3 +44,9 @@ def key(given: str | None = None) -> str | None:
             wanted="a key as the hub showed it", remedy="Copy the key again; make one under Settings on the hub.",
         )  # fmt: skip
     return found or None
+
+
+def cache() -> Path:
+    """Where fetched experts are kept for the next merge: MOERGE_CACHE, else `moerge` in the user's folder of caches."""
+    own = os.environ.get("MOERGE_CACHE", "")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moerge"

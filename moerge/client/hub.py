@@ -1,8 +1,9 @@
 """A hub over HTTP: what it holds of an expert, and streams of its files. The only importer of an HTTP library."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -52,6 +53,17 @@ class Answer:
     status: int
     headers: Mapping[str, str]
     blocks: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request that may be sent again and again, until it is answered."""
+
+    path: str
+    method: str = "GET"
+    params: Params = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes | None = None
 
 
 class Hub:
@@ -115,20 +127,36 @@ class Hub:
 
     def json(self, path: str, *, params: Params | None = None, patience: Patience | None = None) -> Any:
         """The JSON at a path of the API. Raises HubRefused and what waiting raises."""
+        return self._answered(_Asked(path, params=params or {}), (200,), patience)[1]
+
+    def post(self, path: str, body: Any = None, *, patience: Patience | None = None) -> tuple[int, Any]:
+        """Status and JSON of an answer to a body. It is sent again when no answer came, so it must mean the same twice.
+
+        Raises as `json` does.
+        """
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        return self._answered(_Asked(path, "POST", headers=headers, content=content), (200, 201, 202), patience)
+
+    def cancel(self, job_id: str) -> Job | None:
+        """Ask once that a job be stopped; the job as it stands then, or None where the hub did not do so."""
+        return self._try_job(job_id, "POST", "/cancel")
+
+    def _answered(self, asked: _Asked, accept: Collection[int], patience: Patience | None) -> tuple[int, Any]:
         patience = patience or self.patience()
         failures = 0
         while True:
             try:
-                with self.stream(path, params=params, patience=patience) as answer:
-                    data = _limited(answer.blocks, JSON_BYTES)
+                with self._stream(asked, accept, patience) as answer:
+                    status, data = answer.status, _limited(answer.blocks, JSON_BYTES)
                 break
             except BrokenOff as error:
                 failures = self._pause(failures, error, patience)
         try:
-            return _parsed(data)
+            return status, _parsed(data)
         except strict.Malformed as error:
             raise AnswerInvalid(
-                f"The answer of {self.endpoint}{path} is not JSON.", pointer=path, met=ascii(data[:60]),
+                f"The answer of {self.endpoint}{asked.path} is not JSON.", pointer=asked.path, met=ascii(data[:60]),
                 wanted="JSON", remedy="Check that --endpoint or HF_ENDPOINT is the address of a hub.",
             ) from error  # fmt: skip
 
@@ -143,12 +171,17 @@ class Hub:
         patience: Patience | None = None,
     ) -> Iterator[Answer]:
         """An answer of one of the statuses in `accept`, its bytes yet to come, exactly as they are stored."""
-        every = {"Accept-Encoding": "identity", **(headers or {})}
-        response = self._open(path, params or {}, every, accept, patience or self.patience())
+        asked = _Asked(path, params=params or {}, headers=headers or {})
+        with self._stream(asked, accept, patience or self.patience()) as answer:
+            yield answer
+
+    @contextmanager
+    def _stream(self, asked: _Asked, accept: Collection[int], patience: Patience) -> Iterator[Answer]:
+        response = self._open(asked, accept, patience)
         try:
             if response.headers.get("Content-Encoding", "identity") != "identity":
                 raise AnswerInvalid(
-                    "The hub, or something before it, changed the bytes on their way.", pointer=path,
+                    "The hub, or something before it, changed the bytes on their way.", pointer=asked.path,
                     met=f"Content-Encoding {response.headers['Content-Encoding'][:40]}", wanted="the bytes as stored",
                     remedy="Turn off compression in the proxy before the hub.",
                 )  # fmt: skip
@@ -165,15 +198,16 @@ class Hub:
                 wanted="the whole answer", remedy="Try again; a download goes on where it stopped.",
             ) from error  # fmt: skip
 
-    def _open(
-        self, path: str, params: Params, headers: Mapping[str, str], accept: Collection[int], patience: Patience
-    ) -> httpx.Response:
+    def _open(self, asked: _Asked, accept: Collection[int], patience: Patience) -> httpx.Response:
         """Send until the answer is final: a status in `accept`, or a refusal that waiting does not help."""
         failures = 0
         ended: set[str] = set()
         while True:
             try:
-                request = self._http.build_request("GET", self.endpoint + path, params=params, headers=headers)
+                request = self._http.build_request(
+                    asked.method, self.endpoint + asked.path, params=asked.params, content=asked.content,
+                    headers={"Accept-Encoding": "identity", **asked.headers},
+                )  # fmt: skip
                 response = self._http.send(request, stream=True)
             except httpx.TransportError as error:
                 reason: ClientError = self._unreachable(error)
@@ -181,8 +215,8 @@ class Hub:
                 continue
             except httpx.TooManyRedirects as error:
                 raise AnswerInvalid(
-                    "The hub redirects without end.", pointer=path, met="more than 5 redirects", wanted="an answer",
-                    remedy="Check the endpoint.",
+                    "The hub redirects without end.", pointer=asked.path, met="more than 5 redirects",
+                    wanted="an answer", remedy="Check the endpoint.",
                 ) from error  # fmt: skip
             except httpx.InvalidURL as error:
                 raise AddressInvalid(
@@ -238,10 +272,10 @@ class Hub:
         self.progress(refusal.detail, None)
         patience.wait(retry_after_seconds, refusal)
 
-    def _try_job(self, job_id: str) -> Job | None:
+    def _try_job(self, job_id: str, method: str = "GET", command: str = "") -> Job | None:
         """A job as it stands; None when it cannot be read, for then Retry-After has to do."""
         try:
-            with self._http.stream("GET", f"{self.endpoint}/api/v1/jobs/{job_id}") as response:
+            with self._http.stream(method, f"{self.endpoint}/api/v1/jobs/{job_id}{command}") as response:
                 data = _limited(response.iter_bytes(), PROBLEM_BYTES)
             return records.job(_parsed(data)) if response.status_code == httpx.codes.OK else None
         except (httpx.HTTPError, strict.Malformed, AnswerInvalid):

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ FILES = 10_000
 # The most that the Hub protocol tells of a tree at once; a derived revision has a handful of files.
 PAGE = 1000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"[0-9A-Za-z]{1,64}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _OVER = frozenset({"done", "not_applicable", "failed", "cancelled"})
 _CONTROL = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
@@ -68,9 +69,29 @@ class Job:
             )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Merge:
+    """A merge that a hub knows: its address and its commit stand before it is computed.
+
+    `is_new` where the request that told of it was the one that began it.
+    """
+
+    id: str
+    digest: str
+    commit: str
+    state: str
+    job: Job | None
+    report: Mapping[str, Any]
+    is_new: bool
+
+    @property
+    def full_name(self) -> str:
+        return f"merges/{self.id}"
+
+
 def snapshot(body: Any, *, full_name: str, commit_field: str) -> Snapshot:
     """An expert's or a merge's record. Raises AnswerInvalid, PathUnsafe."""
-    fields = _object(body, "the record")
+    fields = mapping(body, "the record")
     rows = fields.get("files")
     if not isinstance(rows, list) or len(rows) > FILES:
         raise _odd("files", rows, f"a list of at most {FILES} files")
@@ -84,7 +105,7 @@ def snapshot(body: Any, *, full_name: str, commit_field: str) -> Snapshot:
 
 def commit(body: Any) -> str:
     """The commit of a repository as the Hub protocol tells it. Raises AnswerInvalid."""
-    found = _object(body, "the repository").get("sha")
+    found = mapping(body, "the repository").get("sha")
     if not isinstance(found, str) or not _COMMIT.fullmatch(found):
         raise _odd("sha", found, "40 hexadecimal digits")
     return found
@@ -101,7 +122,7 @@ def derived(nodes: Any, *, full_name: str, commit: str) -> Snapshot:
 
 def job(body: Any) -> Job:
     """A job's record. Raises AnswerInvalid."""
-    fields = _object(body, "the job")
+    fields = mapping(body, "the job")
     progress = fields.get("progress")
     error = fields.get("error")
     share = float(progress) if isinstance(progress, int | float) and not isinstance(progress, bool) else 0.0
@@ -117,8 +138,26 @@ def job(body: Any) -> Job:
 
 def merge_state(body: Any) -> tuple[str, Job | None]:
     """State of a merge and the job that computes it. Raises AnswerInvalid."""
-    fields = _object(body, "the merge")
+    fields = mapping(body, "the merge")
     return str(fields.get("state") or ""), job(fields["job"]) if fields.get("job") else None
+
+
+def merge(body: Any, *, is_new: bool = False) -> Merge:
+    """A merge's record; `is_new` says whether the request that told it made it. Raises AnswerInvalid."""
+    state, found = merge_state(body)
+    for field, pattern in (("id", _NAME), ("digest", SHA256), ("commit", _COMMIT)):
+        if not isinstance(body.get(field), str) or not pattern.fullmatch(body[field]):
+            raise _odd(field, body.get(field), f"a text like {pattern.pattern}")
+    report = body.get("report")
+    return Merge(
+        id=body["id"],
+        digest=body["digest"],
+        commit=body["commit"],
+        state=state,
+        job=found,
+        report=report if isinstance(report, dict) else {},
+        is_new=is_new,
+    )
 
 
 def check_paths(paths: Iterable[str]) -> None:
@@ -143,7 +182,7 @@ def check_paths(paths: Iterable[str]) -> None:
 
 
 def _file(row: Any) -> File:
-    fields = _object(row, "a file")
+    fields = mapping(row, "a file")
     path, size, sha256 = fields.get("path"), fields.get("size"), fields.get("sha256")
     if not isinstance(path, str):
         raise _odd("files/path", path, "a text")
@@ -155,7 +194,7 @@ def _file(row: Any) -> File:
 
 
 def _node(node: Any) -> File:
-    fields = _object(node, "a file")
+    fields = mapping(node, "a file")
     large = fields.get("lfs")
     if isinstance(large, dict):
         return _file({"path": fields.get("path"), "size": fields.get("size"), "sha256": large.get("oid")})
@@ -166,7 +205,8 @@ def _node(node: Any) -> File:
     return File(found.path, found.size, None, sha1)
 
 
-def _object(value: Any, what: str) -> dict[str, Any]:
+def mapping(value: Any, what: str) -> dict[str, Any]:
+    """A JSON object of an answer. Raises AnswerInvalid."""
     if not isinstance(value, dict):
         raise _odd(what, value, "an object")
     return value

@@ -26,7 +26,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_are_these_commands_and_no_other():
-    assert NAMES == ["compress", "decompress", "verify", "pull"]
+    assert NAMES == ["compress", "decompress", "verify", "pull", "merge"]
 
 
 @pytest.mark.parametrize("name", NAMES)

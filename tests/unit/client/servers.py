@@ -26,6 +26,8 @@ class Asked:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
+    method: str = "GET"
+    body: bytes = b""
 
 
 Route = Callable[[Asked], Reply]
@@ -92,7 +94,8 @@ def running() -> Iterator[Server]:
         def do_GET(self) -> None:
             place = urlsplit(self.path)
             headers = {name.lower(): value for name, value in self.headers.items()}
-            reply = server.answer(Asked(place.path, dict(parse_qsl(place.query)), headers))
+            body = self.rfile.read(int(headers.get("content-length", 0)))
+            reply = server.answer(Asked(place.path, dict(parse_qsl(place.query)), headers, self.command, body))
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)
@@ -104,6 +107,8 @@ def running() -> Iterator[Server]:
             self.wfile.write(reply.body if reply.cut_after is None else reply.body[: reply.cut_after])
             if reply.cut_after is not None or reply.length is None:
                 self.close_connection = True
+
+        do_POST = do_GET  # noqa: N815 - as http.server wants it
 
         def log_message(self, *_: object) -> None:
             pass
