@@ -81,11 +81,15 @@ class Whole(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compute, which never changes what comes out."""
+    """How to compute, which never changes what comes out.
+
+    `compiled` asks for the compiled loops or forbids them; None takes them where they are worth it.
+    """
 
     block_values: int | None = None
     threads: int = 1
     watch: Watch = field(default_factory=Watch)
+    compiled: bool | None = None
 
 
 def merge(
@@ -139,6 +143,7 @@ def _stream(spec: Spec, sources: Sequence[Source], parameters: Parameters, *, se
         block_values=settings.block_values or max(_BLOCK_SMALLEST, _BLOCK_TOTAL // len(ordered)),
         threads=settings.threads,
         watch=settings.watch,
+        compiled=settings.compiled,
     )
     _check(stream)
     statistics.check(spec, stream.sources)

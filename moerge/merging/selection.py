@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moerge.merging import parts
+from moerge.merging.compiled import Kernels
 from moerge.merging.sources import Block, Stream, run_all
 
 Array = npt.NDArray[Any]
@@ -37,12 +38,16 @@ class Cut:
     def mask(self, values: Array, offset: int) -> npt.NDArray[np.bool_]:
         """Which of a block's values survive, (values,)."""
         magnitudes = np.abs(values)
-        if self.last >= offset + values.size - 1:
+        reach = self.reach(offset, values.size)
+        if reach == values.size:
             return magnitudes >= self.threshold
         mask = magnitudes > self.threshold
-        if self.last >= offset:
-            mask[: self.last + 1 - offset] |= magnitudes[: self.last + 1 - offset] == self.threshold
+        mask[:reach] |= magnitudes[:reach] == self.threshold
         return mask
+
+    def reach(self, offset: int, size: int) -> int:
+        """How many values of a block come before those of which an equal one no longer survives."""
+        return min(max(self.last + 1 - offset, 0), size)
 
 
 EVERYTHING = Cut(0.0, np.iinfo(np.int64).max)
@@ -108,34 +113,38 @@ def _group_cuts(stream: Stream, expert: int, names: list[str], kept: int, *, rel
     def pieces() -> Iterator[tuple[int, Array]]:
         for name in names:
             for offset, values in stream.blocks(name, expert):
-                yield starts[name] + offset, np.abs(values)
+                yield starts[name] + offset, values
 
     def sample() -> Array:
         return np.concatenate(
             [stream.sample(name, expert, max(64, SAMPLE_VALUES * stream.size(name) // size)) for name in names]
         )
 
-    threshold, last = find(pieces, size=size, kept=kept, sample=sample)
+    threshold, last = find(pieces, size=size, kept=kept, sample=sample, kernels=stream.kernels)
     if release:
         last = size
     return {(expert, name): Cut(threshold, last - starts[name]) for name in names}
 
 
-def find(pieces: Pieces, *, size: int, kept: int, sample: Callable[[], Array]) -> tuple[float, int]:
+def find(
+    pieces: Pieces, *, size: int, kept: int, sample: Callable[[], Array], kernels: Kernels | None = None
+) -> tuple[float, int]:
     """Threshold and last flat index at it, such that exactly `kept` of `size` magnitudes survive, 0 < kept < size.
 
-    `pieces` gives the magnitudes anew at each call, in flat order.
+    `pieces` gives the values anew at each call, in flat order.
     """
     if size <= DIRECT_VALUES:
-        magnitudes = np.concatenate([values for _, values in pieces()])
+        magnitudes = np.concatenate([np.abs(values) for _, values in pieces()])
         threshold = np.partition(magnitudes, size - kept)[size - kept]
         above = int(np.count_nonzero(magnitudes > threshold))
         return float(threshold), int(np.flatnonzero(magnitudes == threshold)[kept - above - 1])
-    found = _find_in_bracket(pieces, kept=kept, size=size, sample=np.abs(sample()))
+    found = _find_in_bracket(pieces, kept=kept, size=size, sample=np.abs(sample()), kernels=kernels)
     return _find_by_digits(pieces, kept=kept) if found is None else found
 
 
-def _find_in_bracket(pieces: Pieces, *, kept: int, size: int, sample: Array) -> tuple[float, int] | None:
+def _find_in_bracket(
+    pieces: Pieces, *, kept: int, size: int, sample: Array, kernels: Kernels | None
+) -> tuple[float, int] | None:
     """As `find`, in one pass, or None when the sample put the bracket in the wrong place or made it too wide."""
     share = 1 - kept / size
     low, high = np.quantile(sample, [max(0.0, share - BRACKET), min(1.0, share + BRACKET)], method="nearest")
@@ -143,10 +152,9 @@ def _find_in_bracket(pieces: Pieces, *, kept: int, size: int, sample: Array) -> 
         high = sample.dtype.type(np.inf)
     above, inside, places, room = 0, [], [], 8 * BRACKET * size + DIRECT_VALUES
     for offset, values in pieces():
-        over = values > high
-        above += int(np.count_nonzero(over))
-        found = np.flatnonzero((values >= low) & ~over)
-        inside.append(values[found])
+        over, magnitudes, found = _within(values, low, high) if kernels is None else _gather(kernels, values, low, high)
+        above += over
+        inside.append(magnitudes)
         places.append(found + offset)
         room -= found.size
         if room < 0:
@@ -160,6 +168,20 @@ def _find_in_bracket(pieces: Pieces, *, kept: int, size: int, sample: Array) -> 
     return float(threshold), int(np.concatenate(places)[magnitudes == threshold][wanted - 1])
 
 
+def _within(values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.intp]]:
+    """How many magnitudes lie above `high`, and those from `low` to `high` with their places."""
+    magnitudes = np.abs(values)
+    over = magnitudes > high
+    found = np.flatnonzero((magnitudes >= low) ^ over)
+    return int(np.count_nonzero(over)), magnitudes[found], found
+
+
+def _gather(kernels: Kernels, values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.intp]]:
+    magnitudes, places = np.empty(values.size + 1, values.dtype), np.empty(values.size + 1, np.intp)
+    over, found = kernels.gather(values, low.astype(values.dtype), high.astype(values.dtype), magnitudes, places)
+    return over, magnitudes[:found].copy(), places[:found].copy()
+
+
 def _find_by_digits(pieces: Pieces, *, kept: int) -> tuple[float, int]:
     """As `find`, by a histogram of 16 bits of the magnitudes at a time: non-negative floats order as their bits do."""
     prefix, known, wanted = 0, 0, kept
@@ -170,7 +192,7 @@ def _find_by_digits(pieces: Pieces, *, kept: int) -> tuple[float, int]:
             if width == 0:
                 width, floating = 8 * values.dtype.itemsize, values.dtype
                 unsigned = np.dtype(f"u{values.dtype.itemsize}")
-            bits = np.ascontiguousarray(values).view(unsigned)
+            bits = np.abs(values).view(unsigned)
             if known:
                 bits = bits[bits >> unsigned.type(width - known) == unsigned.type(prefix)]
             digits = (bits >> unsigned.type(width - known - _DIGIT_BITS)) & unsigned.type((1 << _DIGIT_BITS) - 1)
@@ -187,7 +209,7 @@ def _find_by_digits(pieces: Pieces, *, kept: int) -> tuple[float, int]:
 def _place(pieces: Pieces, threshold: np.floating[Any], wanted: int) -> int:
     """Flat index of the `wanted`-th magnitude that equals the threshold."""
     for offset, values in pieces():
-        ties = np.flatnonzero(values == threshold)
+        ties = np.flatnonzero(np.abs(values) == threshold)
         if wanted <= ties.size:
             return int(ties[wanted - 1]) + offset
         wanted -= ties.size

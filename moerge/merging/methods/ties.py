@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from moerge.merging import parts, selection
 from moerge.merging.base import MISSING, Parameters, Spec, choice, density, flag, integer, scale
+from moerge.merging.compiled import Kernels
 from moerge.merging.sources import Block, Stream
 
 Array = npt.NDArray[Any]
@@ -77,6 +78,7 @@ class State:
 
     cuts: selection.Cuts
     zero: int
+    kernels: Kernels | None = None
 
 
 def prepare(stream: Stream, parameters: Parameters) -> State:
@@ -91,11 +93,14 @@ def prepare(stream: Stream, parameters: Parameters) -> State:
         release=is_release,
     )
     zero_sign = parameters.zero_sign or ("majority" if is_release else "positive")
-    return State(found, _majority(stream, found, parameters) if zero_sign == "majority" else 1)
+    zero = _majority(stream, found, parameters) if zero_sign == "majority" else 1
+    return State(found, zero, stream.kernels)
 
 
 def merge(block: Block, state: State, parameters: Parameters) -> Array:
     """(experts, values) -> (values,)."""
+    if state.kernels is not None:
+        return _merge_compiled(block, state, state.kernels, parameters)
     trimmed = selection.trim(block, state.cuts)
     weighted = parts.weigh(trimmed, block.weights)
     votes = _votes(trimmed, weighted, parameters)
@@ -106,21 +111,41 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
         largest = np.abs(weighted).max(axis=0)
         return np.asarray(largest * signs * weighted.dtype.type(parameters.scale))
     merged = parts.total(weighted)
-    if parameters.aggregate == "mean":
-        merged = parts.divide(merged, _divisor(agreeing, block.weights.astype(merged.dtype), parameters))
+    divisors = _divisors(block, parameters)
+    if divisors.any():
+        merged = parts.divide(merged, parts.weight_of(agreeing, divisors))
     return np.asarray(merged * merged.dtype.type(parameters.scale))
+
+
+def _merge_compiled(block: Block, state: State, kernels: Kernels, parameters: Parameters) -> Array:
+    """The same by a compiled loop, bit for bit."""
+    dtype = block.values.dtype
+    cuts = [state.cuts.get((member, block.name), selection.NOTHING) for member in block.members]
+    thresholds = [cut.threshold for cut in cuts]
+    return kernels.elect_and_merge(
+        block.values,
+        np.array([thresholds, block.weights, _divisors(block, parameters)], dtype=dtype),
+        np.array([cut.reach(block.offset, block.values.shape[1]) for cut in cuts], dtype=np.int64),
+        (
+            parameters.variant == "mergekit",
+            parameters.elect == "frequency",
+            state.zero < 0,
+            parameters.aggregate == "max",
+        ),
+        dtype.type(parameters.scale),
+    )
 
 
 def _votes(trimmed: Array, weighted: Array, parameters: Parameters) -> Array:
     return weighted if parameters.variant == "mergekit" else trimmed
 
 
-def _divisor(agreeing: npt.NDArray[np.bool_], weights: Array, parameters: Parameters) -> Array:
-    if parameters.variant != "mergekit":
-        return parts.weight_of(agreeing, np.ones_like(weights))
-    if not parameters.normalize:
-        return np.ones(agreeing.shape[1], dtype=weights.dtype)
-    return parts.weight_of(agreeing, weights)
+def _divisors(block: Block, parameters: Parameters) -> Array:
+    """What each expert adds to the divisor where it agrees, (experts,); zeros where nothing is divided."""
+    dtype = block.values.dtype
+    if parameters.aggregate != "mean" or (parameters.variant == "mergekit" and not parameters.normalize):
+        return np.zeros(len(block.weights), dtype=dtype)
+    return block.weights.astype(dtype) if parameters.variant == "mergekit" else np.ones(len(block.weights), dtype=dtype)
 
 
 def _majority(stream: Stream, found: selection.Cuts, parameters: Parameters) -> int:
