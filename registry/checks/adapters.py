@@ -33,7 +33,8 @@ def examine(config: AdapterConfig, weights: Path, *, limits: header.Limits) -> E
     found = files.read_header(files.WEIGHTS, weights, limits=limits)
     try:
         facts = adapters.check(config, found)
-        return Examined(config, facts, {name: list(found.tensors[name].shape) for name in (*facts.saved, *facts.biases)})
+        shapes = {name: list(found.tensors[name].shape) for name in (*facts.saved, *facts.biases)}
+        return Examined(config, facts, shapes)
     except MoergeError as error:
         # What the config says is wrong in the config, what a tensor is called or holds is wrong in the weights.
         where = files.CONFIG if error.pointer.startswith("/") else files.WEIGHTS

@@ -14,7 +14,7 @@ from django.db.models import Sum
 from moerge.tensors.adapters import AdapterConfig
 from moerge.tensors.header import Limits
 from registry import storage
-from registry.checks import adapters, cards, files, statistics
+from registry.checks import adapters, cards, files, licences, statistics
 from registry.checks.adapters import Examined
 from registry.checks.cards import Card
 from registry.errors import BaseUnknown, Fault, FileNotFound, QuotaExceeded, TooLarge, UploadInvalid
@@ -110,7 +110,8 @@ def plan(
             warnings += adapters.scan(entry.path, path_of(entry), limits=limits)
     beside, said = _statistics(tree, examined, path_of, limits=limits)
     warnings += said
-    warnings += _lacking(card) if examined else []
+    if examined and base:
+        warnings += [*_lacking(card), *licences.of_upload(card.licence, (base.name, base.licence))]
     unique = tuple(dict.fromkeys(warnings))
     return Plan(parent, tree, card, overrides, base, examined, unique, manifest(tree), beside)
 
