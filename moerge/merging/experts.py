@@ -5,10 +5,10 @@ on what else an adapter holds; the others have names that say what they are.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from moerge.merging.recipe import Recipe
 from moerge.merging.sources import Array, Given, Source, Stored
 from moerge.merging.statistics import Statistics
 from moerge.tensors import files, places
-from moerge.tensors.adapters import Adapter, BaseWeights, Dense, Gain, Layout
+from moerge.tensors.adapters import Adapter, BaseWeights, Dense, Layout
 from moerge.tensors.files import Float32, SafetensorsFile
 
+Told = TypeVar("Told", Layout, bool)
 Role = Literal["module", "bias", "gain", "saved"]
 
 # Blockers of an adapter (moerge.tensors.adapters.load) that a merge deals with itself.
@@ -67,15 +68,15 @@ class Brought:
     """All experts of a recipe, ready for the engine.
 
     `places` say what each tensor of the engine is, `kept` what is taken over unmerged. `shapes` are (d_out, d_in) of
-    the modules; `feedforward` fills as gains are read, and `layouts` where a file alone does not tell.
+    the modules, `layouts` how they lie in the base, `feedforward` the modules whose gain multiplies what they take in.
     """
 
     sources: tuple[Source, ...]
     places: Mapping[str, Place]
     kept: Mapping[str, Kept]
     shapes: Mapping[str, tuple[int, int]]
-    layouts: dict[str, Layout]
-    feedforward: dict[str, bool]
+    layouts: Mapping[str, Layout]
+    feedforward: Collection[str]
     sizes: tuple[Mapping[str, cost.Shape], ...]
     saved: tuple[Mapping[str, tuple[int, ...]], ...]
     base_model: str | None
@@ -98,12 +99,12 @@ def gather(
     found = [_adapter(recipe, position, adapters_by_digest) for position in range(len(recipe.experts))]
     _check_families(recipe, found)
     changes, kept = _saved(recipe, found, base, opened)
-    layouts: dict[str, Layout] = {}
-    feedforward: dict[str, bool] = {}
+    layouts = _agreed(recipe, [adapter.facts.layouts for adapter in found])
+    sides = _agreed(recipe, [{name: name in one.facts.feedforward for name in one.gains} for one in found])
     known: dict[str, Place] = {}
     sources, sizes = [], []
     for position, (expert, adapter) in enumerate(zip(recipe.experts, found, strict=True)):
-        tensors = _Tensors(expert.expert, adapter, changes[position], layouts, feedforward, kind=recipe.output.kind)
+        tensors = _Tensors(expert.expert, adapter, changes[position], kind=recipe.output.kind)
         known |= tensors.places
         sizes.append(_sizes(adapter, tensors))
         sources.append(
@@ -123,7 +124,7 @@ def gather(
         shapes={name: (shape[0], shape[1]) for source in sources for name, shape in (source.shapes or {}).items()
                 if known[name].role == "module"},
         layouts=layouts,
-        feedforward=feedforward,
+        feedforward={name for name, is_feedforward in sides.items() if is_feedforward},
         sizes=tuple(sizes),
         saved=(
             *({name: change.shape for name, change in one.items()} for one in changes),
@@ -156,31 +157,18 @@ def check_base(recipe: Recipe, base: BaseWeights | None) -> None:
 
 
 class _Tensors(Mapping[str, Given | Stored]):
-    """All that one adapter brings, read at each look-up; refuses values that are not finite, and modules that lie
-    otherwise in the base than another expert says.
-    """
+    """All that one adapter brings, read at each look-up; refuses values that are not finite."""
 
-    def __init__(
-        self,
-        expert: str,
-        adapter: Adapter,
-        changes: Mapping[str, "_Change"],
-        layouts: dict[str, Layout],
-        feedforward: dict[str, bool],
-        *,
-        kind: str,
-    ) -> None:
+    def __init__(self, expert: str, adapter: Adapter, changes: Mapping[str, "_Change"], *, kind: str) -> None:
         self._expert, self._adapter, self._changes = expert, adapter, changes
-        self._layouts, self._feedforward = layouts, feedforward
-        main: Role = "gain" if kind == "ia3" else "module"
-        names = adapter.gains if kind == "ia3" else adapter.modules
-        found = [Place(main, name) for name in names]
-        found += [Place("bias", name) for name in adapter.biases]
+        if kind == "ia3":
+            found = [Place("gain", name) for name in adapter.gains]
+        else:
+            found = [Place("module", name) for name in adapter.modules]
+            found += [Place("bias", name) for name in adapter.biases]
         found += [Place("saved", name) for name in changes]
         self.places = {place.key: place for place in found}
         self.shapes = {key: self._shape(place) for key, place in self.places.items()}
-        for name, layout in adapter.facts.layouts.items():
-            self._same(layouts, name, layout)
 
     def _shape(self, place: Place) -> tuple[int, ...]:
         facts = self._adapter.facts
@@ -188,8 +176,6 @@ class _Tensors(Mapping[str, Given | Stored]):
             return (facts.gains[place.name],)
         if place.role == "saved":
             return self._changes[place.name].shape
-        if place.name not in facts.shapes:
-            return self._adapter.modules[place.name].shape
         return facts.shapes[place.name] if place.role == "module" else facts.shapes[place.name][:1]
 
     def __getitem__(self, key: str) -> Given | Stored:
@@ -199,35 +185,18 @@ class _Tensors(Mapping[str, Given | Stored]):
         if place.role == "bias":
             return self._finite(self._adapter.biases[place.name], key)
         if place.role == "gain":
-            return self._gain(self._adapter.gains[place.name], place.name)
+            return self._finite(self._adapter.gains[place.name].values, key)
         found = self._adapter.modules[place.name]
-        self._same(self._layouts, place.name, found.layout)
         if isinstance(found, Dense):
             return self._finite(found.values, key)
         self._finite(found.A, key)
         self._finite(found.B, key)
         return found
 
-    def _gain(self, gain: Gain, module: str) -> Array:
-        self._same(self._feedforward, module, gain.is_feedforward)
-        return self._finite(gain.values, module)
-
     def _finite(self, values: Array, name: str) -> Array:
         if not np.isfinite(values).all():
             raise _not_finite(self._expert, name)
         return values
-
-    def _same(self, known: dict[str, Any], module: str, met: object) -> None:
-        """Raise ExpertsIncompatible when another expert says something else about a module."""
-        wanted = known.setdefault(module, met)
-        if met != wanted:
-            raise ExpertsIncompatible(
-                f"{module} is {_said(met)} in {self._expert} and {_said(wanted)} in another expert.",
-                pointer="/experts",
-                met=_said(met),
-                wanted=_said(wanted),
-                remedy="Merge experts of one base model.",
-            )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -240,9 +209,27 @@ class _Tensors(Mapping[str, Given | Stored]):
         return name in self.places
 
 
+def _agreed(recipe: Recipe, told: Sequence[Mapping[str, Told]]) -> dict[str, Told]:
+    """What the experts say of their modules. Raises ExpertsIncompatible where two say different things."""
+    agreed: dict[str, Told] = {}
+    for position, mine in enumerate(told):
+        for module, met in mine.items():
+            wanted = agreed.setdefault(module, met)
+            if met != wanted:
+                raise ExpertsIncompatible(
+                    f"{module} is {_said(met)} in {recipe.experts[position].expert} and {_said(wanted)} in another"
+                    " expert.",
+                    pointer=f"/experts/{position}",
+                    met=_said(met),
+                    wanted=_said(wanted),
+                    remedy="Merge experts of one base model.",
+                )
+    return agreed
+
+
 def _said(value: object) -> str:
     if isinstance(value, bool):
-        return "feedforward" if value else "not feedforward"
+        return "multiplied by inputs" if value else "multiplied by outputs"
     return str(value)
 
 
@@ -257,7 +244,7 @@ def _not_finite(expert: str, name: str) -> ExpertsIncompatible:
 
 
 @dataclass(frozen=True, eq=False)
-class _Change:
+class _Change(Stored):
     """What an expert changed in a tensor of the base: its own less the base's, read in stretches."""
 
     expert: str
@@ -341,9 +328,8 @@ def _variant(adapter: Adapter) -> str:
 
 
 def _is_dense(adapter: Adapter) -> bool:
-    """Whether an adapter's deltas come as matrices; all modules of one do or none."""
-    first = next(iter(adapter.modules), None)
-    return first is not None and isinstance(adapter.modules[first], Dense)
+    """Whether an adapter's deltas come as matrices, not as factors."""
+    return adapter.config.use_dora or adapter.family == "ia3"
 
 
 def _sizes(adapter: Adapter, tensors: _Tensors) -> dict[str, cost.Shape]:

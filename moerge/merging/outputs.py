@@ -86,11 +86,8 @@ class LoraWriter:
             dtype=DTYPES[self._recipe.output.dtype or "float32"],
             layouts=self._brought.layouts,
             fan_in_fan_out=self._brought.fan_in_fan_out,
-            **{
-                name: value
-                for name, value in {"biases": self._biases, "saved": {**self._saved, **kept}}.items()
-                if value
-            },
+            biases=self._biases,
+            saved={**self._saved, **kept},
         )
 
     def discard(self) -> None:
@@ -121,7 +118,8 @@ class Ia3Writer:
             self._gains,
             base_model=self._brought.base_model,
             dtype=DTYPES[self._recipe.output.dtype or "float32"],
-            feedforward={name for name, is_so in self._brought.feedforward.items() if is_so},
+            feedforward=self._brought.feedforward,
+            fan_in_fan_out=self._brought.fan_in_fan_out,
             saved={**self._saved, **kept},
         )
 
@@ -287,7 +285,7 @@ class Targets:
                 pointer="/experts",
                 met=key,
                 wanted="one",
-                remedy="Ask for output lora, which keeps both.",
+                remedy="Leave one of them out, or ask for output lora.",
             )
         self.names[key], self.shapes[name] = name, shape
 
