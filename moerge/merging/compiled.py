@@ -51,22 +51,26 @@ def _compiled() -> Kernels | None:
 
 
 def gather(
-    values: Array, low: np.floating[Any], high: np.floating[Any], magnitudes: Array, places: Array
+    values: Array, low: np.floating[Any], high: np.floating[Any], places: npt.NDArray[np.int64]
 ) -> tuple[int, int]:
-    """How many magnitudes lie above `high`, and how many from `low` to `high`, which are written out with their places.
+    """How many magnitudes lie above `high`, and how many from `low` to `high`, whose places are written out.
 
-    `magnitudes` and `places` have room for one more than `values`.
+    `places` has room for one more than `values`.
     """
     above = 0
     for place in range(values.size):
         above += abs(values[place]) > high
-    found = 0
+    is_inside = np.zeros((values.size + 7) // 8 * 8, np.uint8)
     for place in range(values.size):
-        magnitude = abs(values[place])
-        # Written each time and kept only if inside, which takes a third of the time of a branch.
-        magnitudes[found] = magnitude
-        places[found] = place
-        found += (magnitude >= low) & (magnitude <= high)
+        is_inside[place] = (abs(values[place]) >= low) & (abs(values[place]) <= high)
+    found = 0
+    eights = is_inside.view(np.uint64)
+    for eight in range(eights.size):
+        if eights[eight]:
+            for place in range(8 * eight, 8 * eight + 8):
+                # Written each time and kept only if inside, which takes less time than to branch.
+                places[found] = place
+                found += is_inside[place]
     return above, found
 
 

@@ -168,7 +168,7 @@ def _find_in_bracket(
     return float(threshold), int(np.concatenate(places)[magnitudes == threshold][wanted - 1])
 
 
-def _within(values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.intp]]:
+def _within(values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.int64]]:
     """How many magnitudes lie above `high`, and those from `low` to `high` with their places."""
     magnitudes = np.abs(values)
     over = magnitudes > high
@@ -176,10 +176,11 @@ def _within(values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDA
     return int(np.count_nonzero(over)), magnitudes[found], found
 
 
-def _gather(kernels: Kernels, values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.intp]]:
-    magnitudes, places = np.empty(values.size + 1, values.dtype), np.empty(values.size + 1, np.intp)
-    over, found = kernels.gather(values, low.astype(values.dtype), high.astype(values.dtype), magnitudes, places)
-    return over, magnitudes[:found].copy(), places[:found].copy()
+def _gather(kernels: Kernels, values: Array, low: Array, high: Array) -> tuple[int, Array, npt.NDArray[np.int64]]:
+    places = np.empty(values.size + 1, np.int64)
+    over, count = kernels.gather(values, low.astype(values.dtype), high.astype(values.dtype), places)
+    found = places[:count].copy()
+    return over, np.abs(values[found]), found
 
 
 def _find_by_digits(pieces: Pieces, *, kept: int) -> tuple[float, int]:
