@@ -104,5 +104,9 @@ def _job(members: Sequence[Member], missing: list[Pair], *, user: User) -> Job |
         return known
     with transaction.atomic():
         return jobs.enqueue(
-            JobKind.KINSHIP, key=key, parameters={REVISIONS: revisions, PAIRS: [list(p) for p in missing]}, user=user
+            JobKind.KINSHIP,
+            key=key,
+            parameters={REVISIONS: revisions, PAIRS: [list(pair) for pair in missing]},
+            user=user,
+            priority=jobs.NOBODY_WAITS,
         )
