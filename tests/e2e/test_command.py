@@ -167,7 +167,7 @@ def test_refusals_of_the_hub_are_told_and_end_with_1(moerge: Run, expert: str, t
 
 @pytest.mark.clients
 def test_the_installed_package_is_light_and_its_command_works(hub: Hub, expert: str, tmp_path: Path):
-    """`pip install .` into an environment of its own: the command, four libraries, and neither torch nor Django."""
+    """`pip install .` into an environment of its own: the command, five libraries, and neither torch nor Django."""
     place = tmp_path / "environment"
     copy = tmp_path / "source"
     listed = subprocess.run(["git", "ls-files", "moerge", "pyproject.toml", "README.md", "LICENSE"], cwd=ROOT,
