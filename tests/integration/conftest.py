@@ -1,6 +1,7 @@
-"""The encoder, loaded once, and routers that use it."""
+"""The encoder, loaded once, routers that use it, and the queues of the broker."""
 
 import pytest
+from celery import current_app
 
 from registry.services.router import Router
 from tests.integration.routables import serving
@@ -28,3 +29,16 @@ def router(settings, encoder):
 def quick_passwords(settings):
     """Making a user must not cost the third of a second that a good hash costs."""
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+@pytest.fixture
+def queue():
+    """How many messages wait in a queue of the broker, beginning with none."""
+    with current_app.connection_for_write() as link:
+        channel = link.default_channel
+        lists = {
+            name: [channel._q_for_pri(name, step) for step in channel.priority_steps] for name in ("light", "heavy")
+        }
+        channel.client.delete(*lists["light"], *lists["heavy"])
+        yield lambda name: sum(channel.client.llen(part) for part in lists[name])
+        channel.client.delete(*lists["light"], *lists["heavy"])

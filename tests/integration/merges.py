@@ -1,10 +1,17 @@
-"""Merges as rows, with or without the content that a worker would have made."""
+"""Merges: as rows, with or without the content that a worker would have made, and as the worker makes them."""
 
 import hashlib
 from collections.abc import Sequence
 
+from registry import storage
 from registry.models import BaseModel, Expert, File, Merge, MergeParent, Recipe, Ref, Revision
 from registry.services import blobs
+from tests import tiny
+from tests.integration import hf
+from workers import runner
+
+FIRST = tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE))
+SECOND = tiny.lora(seed=2, rank=5, alpha=2, modules=(tiny.VALUE,))
 
 
 def merge_of(parents: Sequence[Expert], *, files: dict[str, bytes] | None = None, state: str = "") -> Merge:
@@ -30,4 +37,36 @@ def merge_of(parents: Sequence[Expert], *, files: dict[str, bytes] | None = None
         for path, data in files.items():
             blob = blobs.keep(blobs.stage_bytes(data))
             File.objects.create(revision=revision, path=path, blob=blob, is_large=path.endswith(".safetensors"))
+    return merge
+
+
+def ready(user, name: str, files: dict[str, bytes], *, private: bool = False) -> Expert:
+    made = hf.expert(user, name, files, private=private)
+    Revision.objects.filter(expert=made).update(state=Revision.State.READY)
+    return made
+
+
+def recipe(**changes) -> dict:
+    body = {
+        "base_model": tiny.BASE,
+        "method": "linear",
+        "parameters": {"normalize": False},
+        "experts": [{"expert": "ann/first", "weight": 0.7}, {"expert": "ann/second", "weight": 0.3}],
+    }
+    return {**body, **changes}
+
+
+def result(merge: Merge) -> dict[str, bytes]:
+    kept = storage.current()
+    rows = File.objects.filter(revision__merge=merge)
+    found = {}
+    for row in rows:
+        with kept.open(row.blob_id) as file:
+            found[row.path] = file.read()
+    return found
+
+
+def compute(merge: Merge) -> Merge:
+    runner.run(merge.jobs.get().pk)
+    merge.refresh_from_db()
     return merge

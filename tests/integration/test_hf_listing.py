@@ -364,6 +364,7 @@ def test_a_merge_that_is_not_computed_has_a_commit_and_tells_of_its_job(repo, ad
         "adapter_model.safetensors",
         "lineage.json",
         "recipe.json",
+        "report.json",
     }
     for method, path in (
         ("HEAD", f"/merges/{merge.pk}/resolve/main/adapter_config.json"),

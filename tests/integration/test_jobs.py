@@ -4,7 +4,6 @@ import threading
 from datetime import timedelta
 
 import pytest
-from celery import current_app
 from django.db import connection, transaction
 from django.utils import timezone
 
@@ -15,19 +14,6 @@ from registry.models import Expert, Job, Namespace, Revision
 from registry.services import accounts
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-
-@pytest.fixture
-def queue():
-    """How many messages wait in a queue of the broker, beginning with none."""
-    with current_app.connection_for_write() as link:
-        channel = link.default_channel
-        lists = {
-            name: [channel._q_for_pri(name, step) for step in channel.priority_steps] for name in ("light", "heavy")
-        }
-        channel.client.delete(*lists["light"], *lists["heavy"])
-        yield lambda name: sum(channel.client.llen(part) for part in lists[name])
-        channel.client.delete(*lists["light"], *lists["heavy"])
 
 
 @pytest.fixture

@@ -7,17 +7,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from registry import jobs, storage
-from registry.models import Expert, File, Job, Merge, MergeParent, Revision
+from registry import jobs
+from registry.models import File, Job, Merge, MergeParent, Revision
 from registry.services import bases, experts, merges
 from tests import tiny
 from tests.integration import hf
+from tests.integration.merges import FIRST, SECOND, compute, ready, recipe, result
 from workers import runner
 
 pytestmark = pytest.mark.django_db
-
-FIRST = tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE))
-SECOND = tiny.lora(seed=2, rank=5, alpha=2, modules=(tiny.VALUE,))
 
 
 @pytest.fixture
@@ -25,25 +23,9 @@ def ann():
     return hf.person("ann", ["read", "write", "merge"])
 
 
-def ready(user, name: str, files: dict[str, bytes], *, private: bool = False) -> Expert:
-    made = hf.expert(user, name, files, private=private)
-    Revision.objects.filter(expert=made).update(state=Revision.State.READY)
-    return made
-
-
 @pytest.fixture
 def pair(ann):
     return ready(ann[0], "first", FIRST), ready(ann[0], "second", SECOND)
-
-
-def recipe(**changes) -> dict:
-    body = {
-        "base_model": tiny.BASE,
-        "method": "linear",
-        "parameters": {"normalize": False},
-        "experts": [{"expert": "ann/first", "weight": 0.7}, {"expert": "ann/second", "weight": 0.3}],
-    }
-    return {**body, **changes}
 
 
 def deltas(files: dict[str, bytes]) -> dict[str, np.ndarray]:
@@ -56,22 +38,6 @@ def deltas(files: dict[str, bytes]) -> dict[str, np.ndarray]:
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             found[module] = scaling * tensors[name.replace("lora_A", "lora_B")].astype(np.float64) @ a
     return found
-
-
-def result(merge: Merge) -> dict[str, bytes]:
-    kept = storage.current()
-    rows = File.objects.filter(revision__merge=merge)
-    found = {}
-    for row in rows:
-        with kept.open(row.blob_id) as file:
-            found[row.path] = file.read()
-    return found
-
-
-def compute(merge: Merge) -> Merge:
-    runner.run(merge.jobs.get().pk)
-    merge.refresh_from_db()
-    return merge
 
 
 def test_a_merge_is_the_weighted_sum_of_scaled_deltas(ann, pair) -> None:
@@ -102,7 +68,7 @@ def test_the_result_is_a_repository_with_card_recipe_and_lineage(ann, pair, clie
     merge = compute(merges.register(user=ann[0], body=recipe())[0])
     files = result(merge)
     assert set(files) == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "lineage.json", "recipe.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "lineage.json", "recipe.json", "report.json",
     }  # fmt: skip
     card = files["README.md"].decode()
     assert card.startswith("---\nbase_model: sentence-transformers/all-MiniLM-L6-v2\nlibrary_name: peft\n")
