@@ -74,14 +74,13 @@ class LoraWriter:
 
     def finish(self) -> None:
         kept = {name: one.values() for name, one in self._brought.kept.items()}
-        padded = {
-            module: (np.pad(B, ((0, 0), (0, self.rank - B.shape[1]))), np.pad(A, ((0, self.rank - A.shape[0]), (0, 0))))
-            for module, (B, A) in self.modules.items()
-        }
-        self.modules.clear()
+        # One module of the file's rank is enough: the others are padded to it as they are written.
+        name, (B, A) = next(iter(self.modules.items()))
+        extra = self.rank - A.shape[0]
+        self.modules[name] = Factors(np.pad(B, ((0, 0), (0, extra))), np.pad(A, ((0, extra), (0, 0))))
         saving.save_lora(
             self._folder,
-            padded,
+            self.modules,
             base_model=self._brought.base_model,
             dtype=DTYPES[self._recipe.output.dtype or "float32"],
             layouts=self._brought.layouts,

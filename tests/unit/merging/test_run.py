@@ -2,76 +2,15 @@
 
 import json
 import tracemalloc
-import zlib
 
 import numpy as np
 import pytest
 import threadpoolctl
-from safetensors.numpy import load_file, save_file
 
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import cost, recipe, run
-from moerge.tensors import adapters, header
-
-Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-
-
-def write(folder, modules, *, alpha=8, use_rslora=False, base="acme/base", **config):
-    """An adapter as PEFT writes it; `modules` maps a name to (d_out, d_in, rank) or to (B, A)."""
-    rng = np.random.default_rng(zlib.crc32(folder.name.encode()))
-    folder.mkdir()
-    tensors = {}
-    for name, given in modules.items():
-        factors = given
-        if len(given) == 3:
-            rows, columns, rank = given
-            factors = rng.normal(size=(rows, rank)), rng.normal(size=(rank, columns))
-        B, A = (np.ascontiguousarray(part, dtype=np.float32) for part in factors)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    values = {
-        "peft_type": "LORA", "r": A.shape[0], "lora_alpha": alpha, "use_rslora": use_rslora,
-        "base_model_name_or_path": base, "target_modules": sorted(modules), **config,
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(values))
-    return load(folder)
-
-
-def load(folder):
-    config = adapters.parse_config((folder / "adapter_config.json").read_bytes())
-    return adapters.load(config, folder / "adapter_model.safetensors")
-
-
-def merge(
-    folder, experts, weights, method="linear", *, parameters=None, output=None, base_model="acme/base", **options
-):
-    named = [
-        {"expert": f"acme/{adapter.path.parent.name}", "revision": "1" * 40, "digest": adapter.digest, "weight": weight}
-        for adapter, weight in zip(experts, weights, strict=True)
-    ]
-    parsed = recipe.parse(
-        {"base_model": base_model, "method": method, "parameters": parameters or {}, "experts": named, "output": output or {}}
-    )  # fmt: skip
-    return run.merge(parsed, {adapter.digest: adapter for adapter in experts}, folder, **options)
-
-
-def deltas(folder):
-    """Deltas of a written adapter, read without our reader: scaling must be exactly 1."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"]
-    assert not config["use_rslora"]
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    tensors = load_file(folder / "adapter_model.safetensors")
-    prefix, ending = "base_model.model.", ".lora_A.weight"
-    found = {}
-    for name, A in tensors.items():
-        if name.endswith(ending):
-            B = tensors[name.replace("lora_A", "lora_B")]
-            assert A.shape[0] == B.shape[1] == config["r"]
-            found[name[len(prefix) : -len(ending)]] = B.astype(np.float64) @ A.astype(np.float64)
-    return found
+from moerge.tensors import header
+from tests.unit.merging.disk import Q, V, deltas, expected, load, merge, write
 
 
 @pytest.fixture
@@ -80,12 +19,6 @@ def pair(tmp_path):
     first = write(tmp_path / "first", {Q: (24, 16, 3), V: (12, 16, 3)}, alpha=6)
     second = write(tmp_path / "second", {Q: (24, 16, 5)}, alpha=3, use_rslora=True)
     return first, second
-
-
-def expected(adapter, scaling, module=Q):
-    tensors = load_file(adapter.path)
-    A = tensors[f"base_model.model.{module}.lora_A.weight"].astype(np.float64)
-    return scaling * tensors[f"base_model.model.{module}.lora_B.weight"].astype(np.float64) @ A
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "cat"])
