@@ -1,13 +1,12 @@
 """DARE: drop values at random, make up for it by rescaling, then add up or elect signs as TIES does."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moerge.merging import noise, parts
+from moerge.merging import dropping, noise, parts
 from moerge.merging.base import MISSING, Parameters, Spec, choice, density, flag, scale
 from moerge.merging.sources import Block, Stream
 
@@ -45,17 +44,15 @@ SPEC = Spec(
 class State:
     """Factor on the survivors of each expert and tensor."""
 
-    factors: dict[tuple[int, str], float]
+    factors: dropping.Factors
 
 
 def prepare(stream: Stream, parameters: Parameters) -> State:
     """The factors that make up for what is dropped; only l1 has to read the deltas."""
-    fixed = 1 / parameters.density if parameters.rescale == "density" else 1.0
-    found = {(i, name): fixed for name in stream.names for i in range(len(stream.sources))}
     if parameters.rescale == "l1":
-        for name in stream.names:
-            found.update(_l1(stream, name, parameters))
-    return State(found)
+        return State(dropping.l1_factors(stream, lambda block, row: noise.keep(block.noise(row), parameters.density)))
+    fixed = 1 / parameters.density if parameters.rescale == "density" else 1.0
+    return State({(i, name): fixed for name in stream.names for i in range(len(stream.sources))})
 
 
 def merge(block: Block, state: State, parameters: Parameters) -> Array:
@@ -72,27 +69,3 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
         normalize=parameters.normalize,
         scale=parameters.scale,
     )
-
-
-def _l1(stream: Stream, name: str, parameters: Parameters) -> dict[tuple[int, str], float]:
-    """Sum of magnitudes before over after dropping; fsum makes it the same for any size of blocks."""
-
-    def sums(block: Block) -> list[tuple[list[float], list[float]]]:
-        rows = []
-        for row, values in enumerate(np.abs(block.values)):
-            kept = values * noise.keep(block.noise(row), parameters.density)
-            rows.append((_row_sums(values, block.width), _row_sums(kept, block.width)))
-        return rows
-
-    blocks = [found for _, found in stream.over_blocks(name, sums)]
-    factors = {}
-    for row, member in enumerate(stream.members(name)):
-        before = math.fsum(value for block in blocks for value in block[row][0])
-        after = math.fsum(value for block in blocks for value in block[row][1])
-        factors[member, name] = before / after if after > 0 else 1.0
-    return factors
-
-
-def _row_sums(values: Array, width: int) -> list[float]:
-    sums: list[float] = values.reshape(-1, width).astype(np.float64).sum(axis=1).tolist()
-    return sums

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moerge.merging import noise, parts
+from moerge.merging import dropping, noise, parts
 from moerge.merging.base import MISSING, Limit, Parameters, Spec, choice, density, flag, number, scale
-from moerge.merging.sources import Block
+from moerge.merging.sources import Block, Stream
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +29,13 @@ SPEC = Spec(
             below=True,
             help="Keep probabilities rise over each row from density - epsilon to density + epsilon.",
         ),
+        choice(
+            "rescale",
+            ["probability", "l1", "none"],
+            default="probability",
+            help="Divide survivors by their own keep probability, bring each tensor back to its sum of magnitudes, or"
+            " neither.",
+        ),
         choice("elect", ["ties", "none"], default="ties", help="Elect signs first as TIES does, or add up."),
         flag("normalize", default=True, help="Divide by the weights: by those that agree, or by their sum."),
         scale(default=1.1),
@@ -41,13 +48,26 @@ SPEC = Spec(
 )
 
 
-def merge(block: Block, _state: None, parameters: Parameters) -> Array:
+def prepare(stream: Stream, parameters: Parameters) -> dropping.Factors:
+    """Factor on the survivors of each expert and tensor; empty where each value has its own or none."""
+    if parameters.rescale != "l1":
+        return {}
+    return dropping.l1_factors(
+        stream, lambda block, row: noise.keep(block.noise(row), _probabilities(block, row, parameters))
+    )
+
+
+def merge(block: Block, state: dropping.Factors, parameters: Parameters) -> Array:
     """(experts, values) -> (values,)."""
     dropped = np.zeros_like(block.values)
     for row, values in enumerate(block.values):
-        probability = keep_probability(values.reshape(-1, block.width), parameters).ravel()
+        probability = _probabilities(block, row, parameters)
         kept = noise.keep(block.noise(row), probability)
-        np.multiply(values * (1 / probability).astype(values.dtype), kept, out=dropped[row])
+        if parameters.rescale == "probability":
+            factor: Any = (1 / probability).astype(values.dtype)
+        else:
+            factor = values.dtype.type(state.get((block.members[row], block.name), 1.0))
+        np.multiply(values * factor, kept, out=dropped[row])
     return parts.combine(
         dropped,
         block.weights,
@@ -55,6 +75,10 @@ def merge(block: Block, _state: None, parameters: Parameters) -> Array:
         normalize=parameters.normalize,
         scale=parameters.scale,
     )
+
+
+def _probabilities(block: Block, row: int, parameters: Parameters) -> npt.NDArray[np.float64]:
+    return keep_probability(block.values[row].reshape(-1, block.width), parameters).ravel()
 
 
 def keep_probability(rows: Array, parameters: Parameters) -> npt.NDArray[np.float64]:
