@@ -8,6 +8,7 @@ HubError
  ├─ TooLarge        a body, file or upload above its limit
  ├─ Conflict        NameTaken ExpertsIncompatible LicenceBlocked LicenceUnacknowledged NothingToMerge NotReady
  │                  FormFailed MergeFailed MergeNotReproduced TimeExceeded MemoryExceeded OffsetMismatch
+ ├─ MergeSelfCheckFailed  a result does not load as what was computed; nothing was published
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
  └─ Unavailable     StorageUnavailable IndexNotReady FormPending MergePending (jobs retry these, and only these)
@@ -226,6 +227,10 @@ class TimeExceeded(Conflict):
 
 class MemoryExceeded(Conflict):
     title = "The work needed more memory than it may have"
+
+
+class MergeSelfCheckFailed(HubError):
+    title = "The merge did not come out as it was computed"
 
 
 class OffsetMismatch(HubError):

@@ -1,0 +1,217 @@
+"""The check before a merge becomes ready: what is sound passes, and every way of being wrong is seen."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from moerge.merging import recipe as recipes
+from moerge.merging import run as merging
+from moerge.tensors import adapters
+from registry.errors import MergeSelfCheckFailed
+from tests import tiny, tiny_peft
+from workers import selfcheck
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = f"base_model.model.{tiny.QUERY}.lora_{{}}.weight"
+BASE_SHAPES = {f"encoder.layer.*.attention.self.{name}": [384, 384] for name in ("query", "key", "value")}
+
+
+def parents(folder, *trees):
+    """Adapters in folders of their own, open for merging."""
+    found = []
+    for number, tree in enumerate(trees):
+        place = tiny.write(tree, folder / f"expert-{number}")
+        config = adapters.parse_config((place / CONFIG).read_bytes())
+        found.append(adapters.load(config, place / WEIGHTS, accept=merging.ACCEPTED))
+    return found
+
+
+def trained(folder, *configs, base):
+    """Adapters of a tiny base, trained and saved by PEFT itself."""
+    trees = []
+    for number, config in enumerate(configs):
+        place = folder / f"trained-{number}"
+        tiny_peft.saved(place, config, base=base, seed=number)
+        trees.append({path.name: path.read_bytes() for path in place.iterdir() if path.name in {CONFIG, WEIGHTS}})
+    return parents(folder, *trees)
+
+
+def merged(folder, experts, *, method="linear", parameters=None, **output):
+    """A merge of experts in `folder / out`, and what the check needs to know of it."""
+    body = {
+        "base_model": tiny.BASE,
+        "method": method,
+        "parameters": parameters or {},
+        "output": output,
+        "experts": [
+            {"expert": f"ann/{n}", "revision": "main", "digest": expert.digest, "weight": 0.5 + n}
+            for n, expert in enumerate(experts)
+        ],
+    }
+    recipe = recipes.parse(body)
+    sample = selfcheck.Sample(recipe.digest)
+    merging.merge(recipe, {expert.digest: expert for expert in experts}, folder / "out", observe=sample)
+    return {"recipe": recipe, "sample": sample, "adapters": experts, "base_shapes": BASE_SHAPES}
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A sound merge of two LoRAs on a layer of which the base has more modules."""
+    experts = parents(
+        tmp_path,
+        tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE)),
+        tiny.lora(seed=2, rank=3, alpha=2, modules=(tiny.VALUE,)),
+    )
+    return tmp_path / "out", merged(tmp_path, experts)
+
+
+def test_a_sound_merge_passes_and_tells_what_loaded_it(made) -> None:
+    folder, known = made
+    found = selfcheck.check(folder, **known)
+    assert (found["state"], found["modules"]) == ("passed", 2)
+    assert found["largest_relative_error"] < 1e-12
+    assert found["peft"].count(".") == 2
+    assert found["torch"] == torch.__version__
+
+
+def change_tensors(folder, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change_config(folder, **fields) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | fields
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def scaled(name, factor):
+    return lambda tensors: tensors[name].mul_(factor)
+
+
+def moved(name):
+    """One value of a factor, changed by a thousandth of the largest."""
+    return lambda tensors: tensors[name][0, 0].add_(1e-3 * tensors[name].abs().max())
+
+
+WRONG = {
+    "a flipped sign in one factor": lambda folder: change_tensors(folder, scaled(KEY.format("B"), -1)),
+    "both factors twice as large": lambda folder: change_tensors(folder, scaled(KEY.format("A"), 2)),
+    "one value of one factor": lambda folder: change_tensors(folder, moved(KEY.format("A"))),
+    "two modules changed for each other": lambda folder: change_tensors(
+        folder,
+        lambda tensors: tensors.update(
+            {KEY.format(f): tensors[KEY.format(f).replace("query", "value")].clone() for f in "AB"}
+        ),
+    ),
+    "another alpha": lambda folder: change_config(folder, lora_alpha=10),
+    "another scaling": lambda folder: change_config(folder, use_rslora=True),
+    "an alpha for one module": lambda folder: change_config(folder, alpha_pattern={"query": 7}),
+    "another rank": lambda folder: change_config(folder, r=4, lora_alpha=4),
+    "factors of another rank": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({KEY.format("A"): torch.zeros(9, 384)})
+    ),
+    "a module without one factor": lambda folder: change_tensors(folder, lambda tensors: tensors.pop(KEY.format("A"))),
+    "a module that is named and not there": lambda folder: change_tensors(
+        folder, lambda tensors: [tensors.pop(KEY.format(f)) for f in "AB"]
+    ),
+    "a module that is neither named nor there": lambda folder: (
+        change_tensors(folder, lambda tensors: [tensors.pop(KEY.format(f)) for f in "AB"]),
+        change_config(folder, target_modules=[tiny.VALUE]),
+    ),
+    "a tensor that nobody asked for": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({"base_model.model.pooler.weight": torch.zeros(2, 2)})
+    ),
+    "a bias that the config does not name": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({KEY.format("B").replace("weight", "bias"): torch.ones(384)})
+    ),
+    "targets that match another module of the base": lambda folder: change_config(
+        folder, target_modules=["query", "value", "key"]
+    ),
+    "targets that match nothing": lambda folder: change_config(folder, target_modules=["nothing"]),
+    "layers called turned over": lambda folder: change_config(folder, fan_in_fan_out=True),
+    "a kind that PEFT does not know": lambda folder: change_config(folder, peft_type="LOREM"),
+    "weights that are not safetensors": lambda folder: (folder / WEIGHTS).write_bytes(b"nothing"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_result_that_is_not_what_was_computed_is_refused(case, made) -> None:
+    folder, known = made
+    WRONG[case](folder)
+    with pytest.raises(MergeSelfCheckFailed) as refused:
+        selfcheck.check(folder, **known)
+    assert refused.value.faults[0].pointer
+    assert refused.value.faults[0].remedy
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_result_of_half_precision_passes_and_one_bit_of_it_counts(dtype, tmp_path) -> None:
+    experts = parents(tmp_path, tiny.lora(seed=1), tiny.lora(seed=2, rank=7))
+    known = merged(tmp_path, experts, method="ties", rank=3, dtype=dtype)
+    assert selfcheck.check(tmp_path / "out", **known)["largest_relative_error"] < 1e-12
+    change_tensors(
+        tmp_path / "out", lambda tensors: tensors[KEY.format("B")].mul_(torch.tensor(1.008).to(getattr(torch, dtype)))
+    )
+    with pytest.raises(MergeSelfCheckFailed):
+        selfcheck.check(tmp_path / "out", **known)
+
+
+def test_every_form_of_layer_loads_where_it_belongs(tmp_path) -> None:
+    config = tiny_peft.lora(target_modules=["embedding", "narrow", "wide", "line"])
+    known = merged(tmp_path, trained(tmp_path, config, config, base=tiny_peft.Layers))
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 4
+    change_tensors(tmp_path / "out", scaled("base_model.model.wide.lora_B.weight", -1))
+    with pytest.raises(MergeSelfCheckFailed, match="wide"):
+        selfcheck.check(tmp_path / "out", **known)
+
+
+class Turned(torch.nn.Module):
+    """Layers that store their weight as (in, out); one of them is square, so that its shape does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = Conv1D(9, 6)
+        self.square = Conv1D(6, 6)
+
+
+def test_layers_that_store_their_weight_turned_over_load_so(tmp_path) -> None:
+    config = tiny_peft.lora(target_modules=["wide", "square"], fan_in_fan_out=True)
+    known = merged(tmp_path, trained(tmp_path, config, config, base=Turned))
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 2
+    change_config(tmp_path / "out", fan_in_fan_out=False)
+    with pytest.raises(MergeSelfCheckFailed, match="warns"):
+        selfcheck.check(tmp_path / "out", **known)
+
+
+def test_eight_modules_are_sampled_whatever_the_order(tmp_path) -> None:
+    names = [f"encoder.layer.{n}.attention.self.query" for n in range(12)]
+    known = merged(tmp_path, parents(tmp_path, tiny.lora(seed=1, modules=names, size=8)))
+    sample = known["sample"]
+    assert len(sample.taken) == 8
+    assert len(sample.shapes) == 12
+    again = selfcheck.Sample(sample.digest)
+    for place in reversed(sample.shapes):
+        again(place, np.zeros((8, 8), np.float32))
+    assert set(again.taken) == set(sample.taken)
+    other = selfcheck.Sample("another recipe")
+    for place in sample.shapes:
+        other(place, np.zeros((8, 8), np.float32))
+    assert set(other.taken) != set(sample.taken)
+    assert selfcheck.check(tmp_path / "out", **(known | {"base_shapes": {}}))["modules"] == 8
+
+
+def test_a_wrong_outcome_of_nothing_is_seen(tmp_path) -> None:
+    """Where the merged delta is zero, anything that is loaded in its place is wrong."""
+    experts = parents(tmp_path, tiny.lora(seed=1))
+    known = merged(tmp_path, experts, method="task_arithmetic", parameters={"scale": 0.0})
+    assert selfcheck.check(tmp_path / "out", **known)["largest_relative_error"] == 0
+    change_tensors(
+        tmp_path / "out", lambda tensors: tensors.update({KEY.format(f): torch.ones_like(tensors[KEY.format(f)]) for f in "AB"})
+    )  # fmt: skip
+    with pytest.raises(MergeSelfCheckFailed):
+        selfcheck.check(tmp_path / "out", **known)
