@@ -10,7 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
-from moerge.merging import engine, full
+from moerge.merging import compiled, engine, full
 from moerge.merging.base import Parameters, Spec
 from moerge.merging.outputs import DTYPES
 from moerge.merging.recipe import Recipe
@@ -101,7 +101,7 @@ def merge(
         work = _Work(
             recipe,
             plan,
-            engine.Settings(block_values, threads, Watch(silent, cancelled or never)),
+            engine.Settings(block_values=block_values, threads=threads, watch=Watch(silent, cancelled or never)),
             _Told(progress or silent, sum(plan.size(name) for name in plan.floats)),
         )
         out.mkdir(parents=True, exist_ok=True)
@@ -478,7 +478,9 @@ class _Work:
     def __init__(self, recipe: Recipe, plan: _Plan, settings: engine.Settings, told: _Told) -> None:
         self.recipe, self.plan, self.told = recipe, plan, told
         self.dtypes = {name: self._dtype(name) for name in plan.reference.checkpoint.names}
-        self._settings = settings
+        values = len(recipe.experts) * sum(plan.size(name) for name in plan.floats)
+        # Tensor by tensor nothing would seem worth it.
+        self._settings = replace(settings, compiled=True) if values >= compiled.WORTH_IT else settings
         self._running: Iterator[tuple[str, Any]] | None = None
 
     def _dtype(self, name: str) -> str:
@@ -531,8 +533,7 @@ class _Work:
             for expert, model in zip(self.recipe.experts, plan.experts, strict=True)
         ]
         watch = Watch(progress, self._settings.watch.cancelled)
-        settings = engine.Settings(self._settings.block_values, self._settings.threads, watch)
-        recipe = self.recipe
+        settings, recipe = replace(self._settings, watch=watch), self.recipe
         return engine.merge(recipe.spec, sources, recipe.parameters, seed=recipe.seed, settings=settings)
 
 

@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 TILE_VALUES = 1 << 16
 _TELLING = 0.01
 # Values of a stored delta that are read together for a sample.
-_SAMPLED_RUN = 256
+_SAMPLED_RUN = 512
 
 
 @runtime_checkable
