@@ -116,34 +116,28 @@ def _warn(told: Mapping[str, Any], terminal: Terminal) -> None:
 
 def _checked(told: Mapping[str, Any]) -> list[str]:
     """What a hub or this machine says of a recipe; fields that it does not tell are left out."""
-    recipe, output, cost, licence, kinship = (
-        _object(told.get(name)) for name in ("recipe", "output", "cost", "licence", "kinship")
-    )
-    rows = [("method", str(recipe.get("method")))]
-    weights = {
-        (item.get("expert"), item.get("revision")): item.get("weight")
-        for item in map(_object, _list(recipe.get("experts")))
-    }
-    for expert in map(_object, _list(told.get("experts"))):
-        named = (expert.get("expert"), expert.get("revision"))
-        facts = [str(expert["kind"])] if expert.get("kind") else []
-        facts += [f"{name} {expert[name]}" for name in ("rank", "modules") if expert.get(name)]
-        rows.append(("expert", f"{_expert({**expert, 'weight': weights.get(named)})} ({', '.join(facts)})"))
-    rows.append(
-        ("output", ", ".join([str(output.get("kind")), *([f"rank {output['rank']}"] if output.get("rank") else [])]))
-    )
+    recipe, output, cost, licence = (_object(told.get(name)) for name in ("recipe", "output", "cost", "licence"))
+    rank = f", rank {output['rank']}" if output.get("rank") else ""
+    rows = [("method", str(recipe.get("method"))), *_checked_experts(told), ("output", f"{output.get('kind')}{rank}")]
     if cost:
         rows.append(("size", f"at most {_count(cost.get('written_bytes'))} bytes"))
         rows.append(("memory", f"about {_count(cost.get('memory_bytes'))} bytes"))
         rows.append(("time", f"about {cost.get('cpu_seconds')} s of one core"))
     if licence:
         rows.append(("licence", f"{licence.get('licence') or 'unknown'} ({licence.get('verdict')})"))
-    for pair in map(_object, _list(kinship.get("pairs"))):
+    for pair in map(_object, _list(_object(told.get("kinship")).get("pairs"))):
         figures = ", ".join(f"{name} {_figure(value)}" for name, value in pair.items() if isinstance(value, float))
         rows.append(("kinship", f"{pair.get('first')}, {pair.get('second')}: {figures}"))
     if told.get("repo"):
         rows.append(("address", f"{told['repo']} ({told.get('state') or 'not asked for yet'})"))
     return [*arguments.table(rows), "can be merged"]
+
+
+def _checked_experts(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for expert in map(_object, _list(told.get("experts"))):
+        facts = [str(expert["kind"])] if expert.get("kind") else []
+        facts += [f"{name} {expert[name]}" for name in ("rank", "modules") if expert.get(name)]
+        yield "expert", f"{expert.get('expert')} at {expert.get('revision')} ({', '.join(facts)})"
 
 
 def _object(value: object) -> Mapping[str, Any]:

@@ -4,17 +4,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moerge.client.errors import AddressInvalid
 from moerge.client.references import Reference
 from moerge.errors import RecipeInvalid
+from moerge.merging import documents
 from moerge.merging.base import shown
 from moerge.merging.recipe import MOST_EXPERTS
-from moerge.tensors import strict
 
-LIMIT_BYTES = 2**20
-_KEYS, _DEPTH = 10_000, 32
+# Of other files the first sign tells.
+_KINDS: Mapping[str, Literal["yaml", "json"]] = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}
 _PATH_STARTS = ("/", "./", "../", "~")
 
 
@@ -57,26 +57,18 @@ class Draft:
 
 
 def read(path: str | Path) -> Draft:
-    """The recipe in a JSON file. Raises RecipeInvalid with a JSON pointer to the field, OSError."""
+    """The recipe in a YAML or JSON file. Raises RecipeInvalid with line or JSON pointer, OSError."""
     path = Path(path)
     with path.open("rb") as file:
-        data = file.read(LIMIT_BYTES + 1)
-    if len(data) > LIMIT_BYTES:
-        raise _wrong("", f"more than {LIMIT_BYTES} bytes", f"at most {LIMIT_BYTES} bytes", "Name a file with a recipe.")
-    try:
-        body = strict.loads(data, max_keys=_KEYS, max_depth=_DEPTH)
-    except strict.Malformed as error:
-        raise _wrong("", str(error), "strict JSON", "Correct the recipe.") from error
-    return parse(body, beside=path.parent)
+        text = file.read(documents.LARGEST_BYTES + 1)
+    return parse(documents.read(text, kind=_KINDS.get(path.suffix.lower())), beside=path.parent)
 
 
-def parse(body: object, *, beside: Path = Path()) -> Draft:
+def parse(body: Mapping[str, Any], *, beside: Path) -> Draft:
     """A recipe from JSON values; relative folders are looked for in `beside`, then in the working directory.
 
     Only the experts and the base are looked at: the rest is judged when the experts are resolved. Raises RecipeInvalid.
     """
-    if not isinstance(body, dict):
-        raise _wrong("", shown(body), "an object", "Write a recipe with method and experts.")
     items = body.get("experts")
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_EXPERTS:
         met = len(items) if isinstance(items, list) else shown(items)
@@ -129,5 +121,5 @@ def _folder(text: str, pointer: str, beside: Path) -> Path | None:
 
 def _wrong(pointer: str, met: object, wanted: str, remedy: str) -> RecipeInvalid:
     return RecipeInvalid(
-        f"{pointer or 'The recipe'} is {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=remedy
+        f"{pointer} is {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=remedy
     )

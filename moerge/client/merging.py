@@ -166,7 +166,7 @@ def check_here(draft: Draft, *, hub: Hub | None = None) -> dict[str, Any]:
 
 
 def _facts(expert: Expert, ready: Ready) -> dict[str, Any]:
-    told: dict[str, Any] = {"expert": expert.expert, "revision": expert.revision, "weight": expert.weight}
+    told: dict[str, Any] = {"expert": expert.expert, "revision": expert.revision}
     adapter = ready.adapters.get(expert.digest)
     if adapter is None:
         return {**told, "kind": "checkpoint"}

@@ -5,14 +5,13 @@ What is pinned is what a hub pins, so that the same experts give the same bytes 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moerge.client import environment, pulling
 from moerge.client.drafts import Draft, Named
 from moerge.client.hub import Hub
-from moerge.client.references import Reference
 from moerge.compression.adapters import CONFIG_FILE, WEIGHTS_FILE
 from moerge.errors import ExpertsIncompatible, MoergeError, RecipeInvalid
 from moerge.merging import catalogue, sidecar
@@ -25,6 +24,8 @@ from moerge.tensors.adapters import Adapter, AdapterConfig, AdapterFacts, BaseWe
 
 # The revision of what no hub has.
 LOCAL = "local"
+# What a request says to a hub beside the recipe.
+_TERMS = ("acknowledge_licences", "licence")
 _FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, sidecar.FILE})
 
 
@@ -77,6 +78,7 @@ def prepared(draft: Draft, *, hub: Hub | None = None) -> Iterator[Ready]:
 
     Raises RecipeInvalid, ExpertsIncompatible with a pointer to the expert, what pulling raises, OSError.
     """
+    draft = replace(draft, fields={name: value for name, value in draft.fields.items() if name not in _TERMS})
     placed = [_place(named, position, hub) for position, named in enumerate(draft.experts)]
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(draft.base)) if draft.base else None
@@ -96,10 +98,10 @@ def _place(named: Named, position: int, hub: Hub | None) -> _Placed:
             f"{named.text} is on a hub, and none is named.", pointer=f"/experts/{position}/expert", met=named.text,
             wanted="a folder, or a hub", remedy="Name the hub, or the expert's folder.",
         )  # fmt: skip
-    commit = hub.snapshot(reference).commit
-    folder = environment.cache() / "experts" / reference.owner / reference.name / commit
-    pulling.pull(hub, Reference(reference.owner, reference.name, commit), folder, only=_FILES)
-    return _Placed(named, position, folder, commit)
+    snapshot = hub.snapshot(reference)
+    folder = environment.cache() / "experts" / reference.owner / reference.name / snapshot.commit
+    pulling.pull(hub, reference, folder, only=_FILES, snapshot=snapshot)
+    return _Placed(named, position, folder, snapshot.commit)
 
 
 def _of_checkpoints(draft: Draft, placed: Sequence[_Placed], base: BaseWeights | None) -> Ready:

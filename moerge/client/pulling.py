@@ -49,12 +49,14 @@ def pull(
     density: float | None = None,
     preset: str | None = None,
     only: Collection[str] | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Pulled:
     """All files of a revision in `out_dir`, or `only` these, each against its SHA-256; what lies there already is kept.
 
     With `compressed`, the weights come in their compressed form (`density`, `preset`; else the hub's own choice),
     are held against the rules of the format and against the config, and are decoded. Nothing appears in `out_dir`
-    before all of it is there. Raises ClientError, EncodedInvalid, AdapterInvalid, ConfigInvalid, OSError.
+    before all of it is there. `snapshot` is what the reference means, where the caller has asked already. Raises
+    ClientError, EncodedInvalid, AdapterInvalid, ConfigInvalid, OSError.
     """
     patience = hub.patience()
     folder = Path(out_dir).absolute()
@@ -63,7 +65,7 @@ def pull(
             f"{folder} is not a folder.", pointer=str(folder), met="a file", wanted="a folder, or nothing yet",
             remedy="Name another folder.",
         )  # fmt: skip
-    snapshot = hub.snapshot(reference, patience=patience)
+    snapshot = snapshot or hub.snapshot(reference, patience=patience)
     with staging.stage(folder) as stage:
         wanted = [
             file

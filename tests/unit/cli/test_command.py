@@ -58,6 +58,8 @@ def test_the_version_is_that_of_the_library(moerge):
         ["pull", "ann/../x", "--out", "x", "--endpoint", "http://h"],
         ["pull", "ann/tea", "--out", "x", "--endpoint", "ftp://h"],
         ["pull", "ann/tea", "--out", "x", "--endpoint", "http://h", "--token", "two words"],
+        ["merge"], ["merge", "recipe.json"], ["merge", "recipe.json", "--out", "x", "--check"],
+        ["merge", "recipe.json", "--out"], ["merge", "recipe.json", "--out", "x", "--local", "yes"],
     ],
     ids=" ".join,
 )  # fmt: skip

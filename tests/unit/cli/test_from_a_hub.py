@@ -161,13 +161,22 @@ def test_everything_runs_where_neither_torch_nor_django_can_be_imported(server, 
             ["decompress", f"{{work}}/int4", f"{{work}}/out4"],
             ["verify", f"{{work}}/hq"],
             ["verify", f"{{work}}/out"],
+            ["merge", f"{{work}}/ties.json", "--out", f"{{work}}/ties"],
+            ["merge", f"{{work}}/iso_c.json", "--out", f"{{work}}/iso_c", "--local", "--endpoint", url],
+            ["merge", f"{{work}}/dare.json", "--check"],
+            ["verify", f"{{work}}/iso_c"],
         ]:
             status = main(arguments)
             assert status == 0, (arguments, status)
         print("all done")
         """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "DJANGO_"))}
+    kept["MOERGE_CACHE"] = str(tmp_path / "cache")
     (tmp_path / "work").mkdir()
+    for method in ("ties", "iso_c", "dare"):
+        second = hubs.NAME if method == "iso_c" else "./out"
+        recipe = {"method": method, "experts": [{"expert": "./whole"}, {"expert": second}]}
+        (tmp_path / "work" / f"{method}.json").write_text(json.dumps(recipe))
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, env=kept, capture_output=True, text=True, check=False
     )
@@ -178,3 +187,4 @@ def test_everything_runs_where_neither_torch_nor_django_can_be_imported(server, 
     for name, values in load_file(expected / WEIGHTS).items():
         np.testing.assert_array_equal(small[name], values)
     assert json.loads((tmp_path / "work" / "out" / "adapter_config.json").read_text())["r"] == 8
+    assert load_file(tmp_path / "work" / "ties" / WEIGHTS).keys() == load_file(expected / WEIGHTS).keys()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save_file
 
+from moerge import compression
 from moerge.client import drafts, merging
 from tests import tiny
 from tests.unit.client import hubs, servers
@@ -262,6 +263,153 @@ def test_experts_of_two_bases_are_refused_unless_the_recipe_says_which_base_is_m
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["base_model_name_or_path"] == "ann/same"
 
 
+# Other outputs, and what else lies in folders.
+
+
+def test_a_dense_delta_and_a_ternary_one_are_of_the_same_sum(moerge, recipe, experts, tmp_path):
+    name = f"{tiny.QUERY}.weight"
+    wanted = 0.75 * delta(experts["tea"], tiny.QUERY, scaling=3) - 0.5 * delta(
+        experts["cup"], tiny.QUERY, scaling=4 / 3
+    )
+    assert moerge("merge", write(recipe, output={"kind": "delta"}), "--out", tmp_path / "dense").status == 0
+    dense = load_file(tmp_path / "dense" / "delta.safetensors")[name]
+    np.testing.assert_allclose(dense, wanted, atol=1e-5 * np.abs(wanted).max())
+    done = moerge(
+        "merge", write(recipe, output={"kind": "ternary", "density": 0.2}), "--out", tmp_path / "few", "--json"
+    )
+    assert done.status == 0, done.err
+    assert sorted(content(tmp_path / "few")) == ["delta.compeft", "delta.json", "recipe.json", "report.json"]
+    told = done.json["report"]["ternary"]
+    assert told["density"] == 0.2
+    with compression.open_any(tmp_path / "few" / "delta.compeft") as opened:
+        few = dict(opened.walk())
+    kept = np.flatnonzero(few[name])
+    assert len(kept) == round(0.2 * wanted.size)
+    # Ternary keeps the largest values: none that is left out is larger than one that is kept.
+    size = np.abs(dense).ravel()
+    assert np.delete(size, kept).max() <= size[kept].min()
+    np.testing.assert_array_equal(np.sign(few[name].ravel()[kept]), np.sign(dense.ravel()[kept]))
+
+
+def test_statistics_beside_an_expert_are_used_by_the_methods_that_need_them(moerge, recipe, experts, tmp_path):
+    write(recipe, method="fisher", experts=[{"expert": "./tea"}, {"expert": "./cup"}], output={"kind": "delta"})
+    tiny.write(tiny.lora(seed=1, rank=2, alpha=6), experts["tea"])
+    done = moerge("merge", recipe, "--out", tmp_path / "out", "--json")
+    assert (done.status, done.json["problem"]["errors"][0]["pointer"]) == (1, "/experts/0/statistics")
+    noise = np.random.default_rng(5)
+    known = {}
+    for name, folder in experts.items():
+        known[name] = noise.random(tiny.SHAPES[tiny.QUERY], np.float32)
+        about = {"kinds": "fisher_diag", "examples": "3", "label_policy": "true"}
+        save_file({f"{tiny.QUERY}.fisher_diag": known[name]}, folder / "stats.safetensors", metadata=about)
+    done = moerge("merge", recipe, "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    top = sum(0.5 * (known[name] + 1e-6) * delta(experts[name], tiny.QUERY, scaling=scaling)
+              for name, scaling in (("tea", 3), ("cup", 4 / 3)))  # fmt: skip
+    wanted = top / sum(0.5 * (known[name] + 1e-6) for name in known)
+    found = load_file(tmp_path / "out" / "delta.safetensors")[f"{tiny.QUERY}.weight"]
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    told = {item["expert"]: item["statistics"] for item in done.json["recipe"]["experts"]}
+    assert told == {
+        f"./{name}": tiny.sha256((path / "stats.safetensors").read_bytes()) for name, path in experts.items()
+    }
+    save_file({"other.fisher_diag": known["tea"]}, experts["tea"] / "stats.safetensors", metadata=about)
+    done = moerge("merge", recipe, "--out", tmp_path / "none")
+    assert (done.status, "./tea cannot be merged" in done.err) == (1, True)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A checkpoint with the two modules of the experts and a tensor that nobody trains."""
+    noise = np.random.default_rng(7)
+    arrays = {f"{module}.weight": noise.normal(size=shape).astype(np.float32) for module, shape in tiny.SHAPES.items()}
+    return checkpoint(tmp_path / "base", arrays | {"pooler.bias": np.ones(4, np.float32)})
+
+
+def checkpoint(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    folder.mkdir()
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return folder
+
+
+def test_what_depends_on_the_base_takes_its_weights_from_a_folder(moerge, recipe, base, tmp_path):
+    """DoRA: the rows of base plus delta are given new lengths (arXiv 2402.09353)."""
+    tree = tiny.lora(seed=1, rank=2, alpha=6)
+    arrays = load(tree[WEIGHTS])
+    lengths = np.random.default_rng(2).random(384).astype(np.float32) + 1
+    arrays[f"base_model.model.{tiny.QUERY}.lora_magnitude_vector"] = lengths
+    config = tiny.config(r=2, lora_alpha=6, target_modules=["query"], use_dora=True)
+    dora = tiny.write({**tree, WEIGHTS: tiny.dump(arrays), CONFIG: config}, tmp_path / "dora")
+    write(recipe, experts=[{"expert": "./dora", "weight": 1}], output={"kind": "full"})
+    done = moerge("merge", recipe, "--out", tmp_path / "out")
+    assert done.status == 1
+    assert "base" in done.err
+    done = moerge("merge", recipe, "--out", tmp_path / "out", "--base", base, "--json")
+    assert done.status == 0, done.err
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    sum_ = before[f"{tiny.QUERY}.weight"] + delta(dora, tiny.QUERY, scaling=3)
+    wanted = lengths[:, None] * sum_ / np.linalg.norm(sum_, axis=1, keepdims=True)
+    np.testing.assert_allclose(after[f"{tiny.QUERY}.weight"], wanted, atol=1e-4 * np.abs(wanted).max())
+    for name in (f"{tiny.VALUE}.weight", "pooler.bias"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert (tmp_path / "out" / "config.json").read_text() == (base / "config.json").read_text()
+    line = f"model.safetensors {tiny.sha256((base / 'model.safetensors').read_bytes())}\n"
+    assert done.json["recipe"]["base_weights"] == tiny.sha256(line.encode())
+    # The same by the name of the folder in the recipe.
+    write(recipe, experts=[{"expert": "./dora", "weight": 1}], output={"kind": "full"}, base_model="./base")
+    assert moerge("merge", recipe, "--out", tmp_path / "again").status == 0
+    again = content(tmp_path / "again")
+    assert again["model.safetensors"] == content(tmp_path / "out")["model.safetensors"]
+
+
+def test_a_base_that_the_result_does_not_depend_on_changes_nothing(moerge, recipe, base, tmp_path):
+    moerge("merge", recipe, "--out", tmp_path / "without")
+    assert moerge("merge", recipe, "--out", tmp_path / "with", "--base", base).status == 0
+    assert content(tmp_path / "with") == content(tmp_path / "without")
+
+
+def test_full_checkpoints_are_merged_into_one(moerge, recipe, base, tmp_path):
+    start = load_file(base / "model.safetensors")
+    noise = np.random.default_rng(8)
+    tuned = {}
+    for name in ("one", "two"):
+        tuned[name] = {
+            key: values + noise.normal(size=values.shape).astype(np.float32) for key, values in start.items()
+        }
+        checkpoint(tmp_path / name, tuned[name])
+    experts = [{"expert": "./one", "weight": 0.5}, {"expert": "./two", "weight": 0.25}]
+    done = moerge("merge", write(recipe, base_model="./base", experts=experts), "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == start.keys()
+    for name, values in start.items():
+        wanted = values + 0.5 * (tuned["one"][name] - values) + 0.25 * (tuned["two"][name] - values)
+        np.testing.assert_allclose(found[name], wanted, atol=1e-5)
+    assert done.json["recipe"]["output"]["kind"] == "full"
+    checked = moerge("merge", recipe, "--check")
+    assert (checked.status, "checkpoint" in checked.out) == (0, True)
+    tea = write(recipe, base_model="./base", experts=[*experts, {"expert": "./tea", "weight": 1}])
+    done = moerge("merge", tea, "--out", tmp_path / "none")
+    assert (done.status, f"./one is no adapter: there is no {CONFIG}" in done.err) == (1, True)
+
+
+def test_a_check_tells_what_a_merge_would_give_and_writes_nothing(moerge, recipe, experts, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = moerge("merge", recipe, "--check")
+    assert (done.status, sorted(tmp_path.rglob("*"))) == (0, before)
+    for words in ("linear", "./tea at local (lora, rank 2, modules 2)", "lora, rank 5", "can be merged"):
+        assert words in done.out
+    told = moerge("merge", recipe, "--check", "--json").json
+    merged = moerge("merge", recipe, "--out", tmp_path / "out", "--json").json
+    assert told["digest"] == merged["digest"]
+    assert told["output"]["rank"] == merged["report"]["rank"]
+    written = (tmp_path / "out" / WEIGHTS).stat().st_size
+    assert written <= told["cost"]["written_bytes"] < 1.2 * written
+    done = moerge("merge", write(recipe, method="tiess"), "--check", "--json")
+    assert (done.status, done.json["problem"]["errors"][0]["pointer"]) == (1, "/method")
+
+
 # Experts on a hub.
 
 
@@ -464,3 +612,47 @@ def test_an_answer_that_is_no_merge_is_named_as_such(moerge, server, remote, tmp
     server.routes["/api/v1/merges"] = [as_json(record("queued", of_job="queued") | changes)]
     done = moerge("merge", remote, "--out", tmp_path / "out", "--endpoint", server.url)
     assert (done.status, "answer-invalid" in done.err) == (1, True)
+
+
+def test_a_check_tells_what_the_hub_says(moerge, server, remote):
+    answer = {
+        "ok": True, "digest": "e" * 64, "repo": f"merges/{MERGE}", "commit": COMMIT, "state": None,
+        "recipe": {"method": "dare"}, "warnings": ["ann/cup lacks 1 modules."],
+        "experts": [{"expert": "ann/tea", "revision": "a" * 40, "kind": "lora", "rank": 2, "modules": 2}],
+        "output": {"kind": "lora", "rank": 5, "bytes": 31_000},
+        "cost": {"memory_bytes": 7_000_000, "written_bytes": 31_000, "cpu_seconds": 0.2},
+        "licence": {"verdict": "warn", "licence": None},
+        "kinship": {"state": "ready", "pairs": [{"first": "ann/tea", "second": "ann/cup", "cosine": 0.25}]},
+    }  # fmt: skip
+    server.routes["/api/v1/merges/check"] = [as_json(answer)]
+    done = moerge("merge", remote, "--check", "--endpoint", server.url)
+    assert done.status == 0, done.err
+    for words in (
+        "dare",
+        "ann/tea at aaaa",
+        "rank 2",
+        "7,000,000",
+        "31,000",
+        "warn",
+        "cosine 0.2500",
+        "not asked for yet",
+    ):
+        assert words in done.out
+    assert "ann/cup lacks 1 modules." in done.err
+    assert [asked.path for asked in server.asked] == ["/api/v1/merges/check"]
+    assert moerge("merge", remote, "--check", "--endpoint", server.url, "--json").json == answer
+
+
+def test_a_recipe_that_names_contents_is_not_merged_with_others_by_a_hub(moerge, server, merged, tmp_path):
+    experts = [{"expert": "ann/tea", "weight": 1, "digest": "1" * 64}]
+    place = write(tmp_path / "recipe.json", experts=experts)
+    told = {"recipe": {"experts": [{"expert": "ann/tea", "digest": "2" * 64}]}}
+    server.routes["/api/v1/merges/check"] = [as_json(told)]
+    options = ["--out", tmp_path / "out", "--endpoint", server.url]
+    done = moerge("merge", place, *options)
+    assert (done.status, "not what the recipe was written for" in done.err) == (1, True)
+    assert server.of("/api/v1/merges") == []
+    write(place, experts=[{**experts[0], "digest": "2" * 64}])
+    assert moerge("merge", place, *options).status == 0
+    sent = json.loads(server.of("/api/v1/merges")[0].body)
+    assert sent["experts"] == [{"expert": "ann/tea", "revision": "main", "weight": 1}]
