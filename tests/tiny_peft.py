@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 HIDDEN = 16
@@ -17,7 +18,7 @@ def bert(seed: int = 0) -> BertModel:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     return BertModel(config).eval()
 
@@ -67,6 +68,25 @@ def saved(folder: Path, config: PeftConfig, *, base: Callable[[], torch.nn.Modul
     return model
 
 
+def checkpoint(folder: Path, *, base: Callable[[], torch.nn.Module] = bert, prefix: str = "") -> Path:
+    """The base's weights as a checkpoint, as a hub's operator has them."""
+    folder.mkdir()
+    state = {prefix + name: tensor.clone().contiguous() for name, tensor in base().state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All that a tiny model puts out for one fixed input."""
+    with torch.no_grad():
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if isinstance(base, Layers):
+            image = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+            return list(model(tokens(vocabulary=12), image))
+        found = model(tokens())
+    return [value for value in found.values() if isinstance(value, torch.Tensor)]
+
+
 def loaded(folder: Path, *, base: Callable[[], torch.nn.Module] = bert) -> PeftModel:
     """What stock PEFT makes of a folder."""
     return PeftModel.from_pretrained(base(), str(folder)).eval()
@@ -76,6 +96,21 @@ def lora(**changes: Any) -> LoraConfig:
     """A LoRA with a scaling that is not 1."""
     settings: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": ["query", "value"], "lora_dropout": 0.1}
     return LoraConfig(**(settings | changes))
+
+
+def allocated(folder: Path, **changes: Any) -> PeftModel:
+    """An AdaLoRA that was trained until its ranks were decided, saved as PEFT does."""
+    settings: dict[str, Any] = {"init_r": 4, "target_r": 3, "lora_alpha": 7, "tinit": 1, "tfinal": 1, "total_step": 6,
+                                "target_modules": ["query", "value"]}  # fmt: skip
+    model = trained(bert(), AdaLoraConfig(**(settings | changes))).train()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    for step in range(settings["total_step"]):
+        model(tokens()).last_hidden_state.pow(2).mean().backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder, save_embedding_layers=False)
+    return model
 
 
 def deltas(model: PeftModel) -> dict[str, torch.Tensor]:

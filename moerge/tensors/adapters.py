@@ -37,11 +37,13 @@ from moerge.tensors.kind import (
 from moerge.tensors.targets import Targets, of_base
 
 __all__ = ["Adapter", "AdapterConfig", "AdapterFacts", "BaseWeights", "Blocker", "Dense", "Gain", "Layout", "LowRank",
-           "catalogue", "check", "content_digest", "load", "parse_config", "save_lora", "scan_finite"]  # fmt: skip
+           "catalogue", "check", "content_digest", "load", "parse_config", "save_ia3", "save_lora",
+           "scan_finite"]  # fmt: skip
 
 Read = TypeVar("Read")
 parse_config = configs.parse
 save_lora = saving.save_lora
+save_ia3 = saving.save_ia3
 
 
 @cache

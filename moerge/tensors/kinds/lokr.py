@@ -21,7 +21,6 @@ from moerge.tensors.kind import (
     Site,
     Tensors,
     core_layout,
-    flat_kernels,
     invalid,
     on_base,
     replaced,
@@ -30,14 +29,15 @@ from moerge.tensors.targets import Targets
 
 
 def blockers(config: AdapterConfig, header: Header) -> tuple[Blocker, ...]:
-    """Kernels over one dimension, which PEFT multiplies in another order, and whole modules beside the factors."""
+    """Kernels over one dimension, whose Kronecker product PEFT fails to form, and modules beside the factors."""
     found = [
-        Blocker(name, str(list(info.shape)), "PEFT does not form a Kronecker product with this whole kernel",
-                "Train with a smaller rank, so that the kernel is a product of factors.")
+        Blocker(name, str(list(info.shape)), "PEFT does not form the Kronecker product of a kernel over one dimension",
+                "Train with use_effective_conv2d false and a smaller rank.")
         for name, info in header.tensors.items()
-        if name.endswith(".lokr_w2") and len(info.shape) not in {2, 4}
+        if (name.endswith(".lokr_w2") and len(info.shape) == 3)
+        or (name.endswith(".lokr_t2") and info.shape[-1:] == (1,))
     ][:1]  # fmt: skip
-    return (*found, *flat_kernels(header, (".lokr_t2",)), *replaced(config))
+    return (*found, *replaced(config))
 
 
 def check(config: AdapterConfig, roles: Roles, targets: Targets, header: Header) -> dict[str, ModuleFacts]:

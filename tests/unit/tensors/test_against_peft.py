@@ -1,39 +1,16 @@
 """Adapters that stock PEFT made: the deltas are PEFT's own, and what we save runs in PEFT."""
 
-import dataclasses
-import functools
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from peft import (
-    BOFTConfig,
-    C3AConfig,
-    FourierFTConfig,
-    HRAConfig,
-    IA3Config,
-    LNTuningConfig,
     LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    MissConfig,
-    OFTConfig,
     PeftModel,
-    PeftType,
-    PromptTuningConfig,
-    RandLoraConfig,
-    RoadConfig,
-    ShiraConfig,
-    TrainableTokensConfig,
-    VBLoRAConfig,
-    VeraConfig,
 )
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 
-from moerge.errors import AdapterInvalid, HeaderInvalid
 from moerge.tensors import adapters, files, header, saving
-from moerge.tensors.kinds import lora
 from tests import tiny_peft as tiny
 
 # PEFT warns about what these settings are good for; the test of a saved adapter turns warnings into errors again.
@@ -187,86 +164,3 @@ def test_both_projections_of_a_multihead_attention_come_back(tmp_path):
     with torch.no_grad():
         assert float((tiny.loaded(tmp_path / "b", base=Attention)(values) - model(values)).abs().max()) < 1e-4
         assert float((Attention()(values) - model(values)).abs().max()) > 0.1
-
-
-BLOCKED = {
-    "/use_dora": {"use_dora": True},
-    "/bias": {"bias": "all"},
-    "/modules_to_save": {"modules_to_save": ["pooler"]},
-    "/trainable_token_indices": {"trainable_token_indices": [1, 3]},
-    "/target_parameters": {"lora_dropout": 0.0, "target_parameters": ["key.weight"]},
-    "/init_lora_weights": {"init_lora_weights": "pissa"},
-    "/alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
-    "/layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
-    "/use_qalora": {"use_qalora": True},
-    "/kasa_config": {"kasa_config": KasaConfig()},
-    "/use_bdlora": {
-        "r": 4,
-        "lora_dropout": 0.0,
-        "use_bdlora": BdLoraConfig(target_modules_bd_a=["query"], target_modules_bd_b=["value"], nblocks=2),
-    },
-}
-
-
-@pytest.mark.parametrize("pointer", BLOCKED)
-def test_a_variant_is_accepted_as_it_is_and_its_delta_refused_by_name(pointer, tmp_path):
-    tiny.saved(tmp_path, tiny.lora(**BLOCKED[pointer]))
-    config, head, path = read(tmp_path)
-    facts = adapters.check(config, head)
-    assert [blocker.pointer for blocker in facts.blockers] == [pointer]
-    assert not facts.is_mergeable
-    assert facts.n_parameters == sum(info.size for info in head.tensors.values())
-    with pytest.raises(AdapterInvalid) as caught:
-        adapters.load(config, path)
-    assert caught.value.pointer == pointer
-    assert caught.value.remedy
-
-
-OTHERS = [
-    functools.partial(IA3Config, target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
-    functools.partial(LoKrConfig, r=2, target_modules=["query"]),
-    functools.partial(OFTConfig, oft_block_size=4, target_modules=["query"]),
-    functools.partial(BOFTConfig, boft_block_size=4, target_modules=["query"]),
-    functools.partial(HRAConfig, r=2, target_modules=["query"]),
-    functools.partial(VeraConfig, r=4, target_modules=["query"]),
-    functools.partial(VBLoRAConfig, r=4, num_vectors=8, vector_length=4, topk=2, target_modules=["query"]),
-    functools.partial(RandLoraConfig, r=4, target_modules=["query"]),
-    functools.partial(FourierFTConfig, n_frequency=6, target_modules=["query"]),
-    functools.partial(C3AConfig, block_size=4, target_modules=["query"]),
-    functools.partial(MissConfig, r=4, target_modules=["query"]),
-    functools.partial(RoadConfig, group_size=4, target_modules=["query"]),
-    functools.partial(LNTuningConfig, target_modules=["LayerNorm"]),
-    functools.partial(TrainableTokensConfig, token_indices=[1, 2], target_modules=["word_embeddings"]),
-    functools.partial(PromptTuningConfig, task_type="FEATURE_EXTRACTION", num_virtual_tokens=3),
-]
-
-
-@pytest.mark.parametrize("make", OTHERS, ids=lambda make: make.func.__name__)
-def test_other_kinds_of_adapter_are_accepted_and_their_delta_refused_by_name(make, tmp_path):
-    tiny.saved(tmp_path, make())
-    config, head, path = read(tmp_path)
-    facts = adapters.check(config, head)
-    assert facts.kind == config.peft_type.lower()
-    assert facts.n_parameters > 0
-    with pytest.raises(AdapterInvalid) as caught:
-        adapters.load(config, path)
-    assert (caught.value.pointer, caught.value.met) == ("/peft_type", config.peft_type)
-    foreign = dataclasses.replace(head, tensors={"base_model.model.x.y": next(iter(head.tensors.values()))})
-    with pytest.raises(AdapterInvalid, match="no place"):
-        adapters.check(config, foreign)
-
-
-def test_shira_is_refused_for_the_integers_it_stores(tmp_path):
-    tiny.saved(tmp_path, ShiraConfig(r=2, target_modules=["query"]))
-    with pytest.raises(HeaderInvalid) as caught:
-        header.read(tmp_path / saving.WEIGHTS)
-    assert caught.value.met == "I32"
-    assert caught.value.pointer.endswith("query.shira_indices")
-
-
-def test_every_kind_that_peft_knows_is_known_and_no_other():
-    assert adapters.catalogue().keys() == {kind.value for kind in PeftType}
-
-
-def test_every_field_of_pefts_lora_config_is_decided_and_no_other():
-    assert lora.FIELDS.keys() == {field.name for field in dataclasses.fields(LoraConfig)}
