@@ -1,10 +1,11 @@
 """Merges: ask for one, check one before, read one."""
 
 from drf_spectacular.utils import extend_schema
+from rest_framework.parsers import JSONParser
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from api import pagination
+from api import pagination, yaml_parser
 from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
@@ -24,7 +25,9 @@ def body_of(request: Request) -> dict[str, object]:
 
 
 class Merges(View):
-    """GET the merges that the caller may see, POST a recipe."""
+    """GET the merges that the caller may see, POST a recipe as JSON or YAML."""
+
+    parser_classes = (JSONParser, *yaml_parser.PARSERS)
 
     @extend_schema(operation_id="merges_list", responses={200: schemas.MergePage, **schemas.problems(422)})
     def get(self, request: Request) -> Response:
@@ -57,6 +60,8 @@ class Merges(View):
 
 class MergeCheck(View):
     """POST a recipe to learn, before any work, whether it can be carried out and what it would give."""
+
+    parser_classes = (JSONParser, *yaml_parser.PARSERS)
 
     @extend_schema(
         operation_id="merges_check",

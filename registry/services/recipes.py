@@ -150,6 +150,9 @@ def resolve(*, viewer: Viewer, body: Mapping[str, Any], is_asked: bool = True) -
     if filled.get("base_model") is not None and isinstance(filled["base_model"], str):
         filled["base_model"] = bases.resolve(filled["base_model"], pointer="/base_model").name
     pinned = _pin_all(filled, viewer=viewer)
+    if filled.get("base_model") is None and pinned and pinned[0].revision.base_model:
+        # Whether a request names the base or leaves it to its experts makes no other merge.
+        filled["base_model"] = pinned[0].revision.base_model.name
     try:
         recipe = recipes.parse(filled)
     except LibraryIncompatible as error:

@@ -162,6 +162,50 @@ def test_an_expert_answers_without_the_list_of_all_its_modules(ann, pair) -> Non
     assert "layout" in Revision.objects.get(expert=pair[0]).facts
 
 
+# How it is written
+
+
+def test_a_recipe_may_be_written_in_yaml_or_for_mergekit_and_is_the_same_merge(ann, pair) -> None:
+    told = checked(ann[1], recipe(method="ties", parameters={"variant": "mergekit", "density": 0.5}))
+    ours = f"""
+base_model: {tiny.BASE}
+method: ties   # as in the paper
+parameters: {{variant: mergekit, density: 0.5}}
+experts:
+  - {{expert: ann/first, weight: 0.5}}
+  - {{expert: ann/second, weight: 0.5}}
+"""
+    mergekit = f"""
+merge_method: ties
+base_model: {tiny.BASE}
+models:
+  - {{model: {tiny.BASE}+ann/first, parameters: {{weight: 0.5, density: 0.5}}}}
+  - {{model: {tiny.BASE}+ann/second, parameters: {{weight: 0.5, density: 0.5}}}}
+parameters: {{normalize: {{value: true}}}}
+"""
+    for text, kind in [(ours, "application/yaml"), (ours, "text/yaml"), (mergekit, "application/yaml; charset=utf-8")]:
+        answer = ann[1].send("POST", DOORS[0], data=text, kind=kind)
+        assert answer.status_code == 200, answer.json()
+        assert answer.json()["recipe"]["parameters"]["density"] == 0.5
+    assert ann[1].send("POST", DOORS[0], data=ours, kind="text/yaml").json()["digest"] == told["digest"]
+    made = ann[1].send("POST", DOORS[1], data=ours + "start: false\n", kind="application/yaml")
+    assert (made.status_code, made.json()["digest"], made.json()["state"]) == (202, told["digest"], "registered")
+
+
+def test_text_that_is_no_yaml_is_malformed_and_a_wrong_field_is_named(ann, pair) -> None:
+    for text, status, word in [
+        ("method: [linear", 400, "Line"),
+        ("- linear", 400, "mapping"),
+        ("a: &x 1\nb: *x", 422, "anchor"),
+        ("merge_method: passthrough\nmodels: [{model: ann/first}]", 422, "layer_swapping"),
+        ("method: linear\nexperts: [{expert: ann/first, wieght: 1}]", 422, "wieght"),
+        ("method: linear\nexperts: []\n# " + "x" * 300_000, 400, "long"),
+    ]:
+        answer = ann[1].send("POST", DOORS[0], data=text, kind="application/yaml")
+        assert (answer.status_code, answer["Content-Type"]) == (status, "application/problem+json"), answer.json()
+        assert word in answer.content.decode()
+
+
 # What is refused
 
 
