@@ -438,6 +438,13 @@ def test_biases_of_the_adapters_own_are_summed_with_their_scaling(tmp_path):
     )
 
 
+def test_a_bias_that_the_base_does_not_have_cannot_become_part_of_it(tmp_path, base):
+    expert = write(tmp_path / "a", {Q: (24, 16, 2)}, lora_bias=True, tensors={f"{Q}.lora_B.bias": np.ones(24)})
+    found = refused(ExpertsIncompatible, tmp_path / "out", [expert], [1.0], output={"kind": "full"}, base=base)
+    assert f"acme/a changes {Q}.bias" in found.detail
+    assert not (tmp_path / "out").exists()
+
+
 # IA3
 
 
