@@ -104,8 +104,9 @@ def test_the_merge_form_registers_a_recipe_and_explains_a_wrong_one(ann, browser
     }
     offered = text(browser.get("/merge?expert=ann/one"))
     assert 'value="knots"' in offered
-    # Fisher merging needs statistics, which the form cannot take.
-    assert 'value="fisher"' not in offered
+    # Fisher merging takes statistics that lie beside the experts; these have none.
+    assert 'value="fisher"' in offered
+    assert "fisher_diag of every expert" in text(browser.post("/merge/check", {**form, "method": "fisher"}))
     wrong = browser.post("/merge", {**form, "parameter:ties:density": "1.5"})
     assert wrong.status_code == 422
     for part in ("/parameters/density", "1.5", "more than 0 and at most 1"):
