@@ -209,7 +209,7 @@ def worker_parts(home: Home, environment: Mapping[str, str], options: Options) -
     yield Part("worker-light", worker("light", "light", "-P", "threads", "-c", "4"))
     for number in range(1, options.workers + 1):
         # One at a time in a child that is replaced now and then; torch is imported there and never in the parent.
-        pool = ["-P", "prefork", "-c", "1", "--max-tasks-per-child", "20"]
+        pool = ["-P", "prefork", "-c", "1", "--max-tasks-per-child", "200"]
         node = "heavy" if number == 1 else f"heavy{number}"
         yield Part(_numbered("worker-heavy", number), worker("heavy", node, *pool))
     beat = ["celery", "-A", "workers.celery", "beat", "--schedule", str(home.folder / "beat"), "--loglevel", "INFO"]

@@ -190,8 +190,9 @@ def _send_next_merge(user_id: int) -> None:
 
 
 def is_wanted(lease: Lease) -> bool:
-    """Whether the lease still holds and nobody has asked to stop."""
-    return held(lease).filter(cancel_requested=False).exists()
+    """Whether nobody has asked to stop and no other worker has the job; a row that cannot be seen says neither."""
+    row = Job.objects.filter(pk=lease.job_id)
+    return not row.exclude(owner=lease.owner, state=Job.State.RUNNING, cancel_requested=False).exists()
 
 
 def heartbeat(lease: Lease, *, progress: float | None = None, message: str | None = None) -> bool:

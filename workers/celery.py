@@ -1,8 +1,11 @@
 """The Celery app: two queues, late acknowledgement, quick redelivery. Truth about a job is its row, not its message."""
 
+import importlib
 import os
+import threading
 
 from celery import Celery
+from celery.signals import worker_process_init
 from kombu import Queue
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
@@ -37,3 +40,12 @@ app.conf.update(
         "clean": {"task": "workers.clean", "schedule": 600.0, "options": {"queue": "light", "expires": 600}},
     },
 )
+
+
+@worker_process_init.connect
+def warm(**_: object) -> None:
+    """Load in each child of a pool what every merge is checked by: that takes ten seconds, and readers may wait.
+
+    In a thread, so that jobs which need none of it begin at once. The parent, which forks, never loads it.
+    """
+    threading.Thread(target=importlib.import_module, args=("peft",), daemon=True, name="warm").start()

@@ -27,8 +27,8 @@ TOLD_EVERY_SECONDS = 0.5
 LOOK_EVERY_SECONDS = 0.5
 # A job that was told to stop and does not is closed over its head after this time.
 STOP_SECONDS = 30
-# What a merge may take beyond its plan: the results of libraries' own threads and the text files it writes.
-MEMORY_SLACK_BYTES = 512 * 2**20
+# What a merge may take beyond its plan: libraries that are loaded in it, their threads, the files it stages.
+MEMORY_SLACK_BYTES = 2**30
 REMEDY = "Merge fewer experts, ask for a smaller rank, or have the operator raise the limit."
 
 

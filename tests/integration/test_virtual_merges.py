@@ -530,10 +530,10 @@ def test_memory_beyond_the_limit_is_refused_as_a_typed_error_and_the_limit_ends_
     with runner.memory_limit(2**30):
         assert np.empty(2**28, np.uint8).nbytes == 2**28
     with pytest.raises(MemoryExceeded) as met, runner.memory_limit(64 * 2**20):
-        np.empty(2**30, np.uint8)
+        np.empty(2**31, np.uint8)
     assert met.value.faults[0].wanted == f"at most {64 * 2**20} bytes"
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    assert np.empty(2**30, np.uint8).nbytes == 2**30
+    assert np.empty(2**31, np.uint8).nbytes == 2**31
     with pytest.raises(RuntimeError, match="another"), runner.memory_limit(2**30):
         raise RuntimeError("another")
 
