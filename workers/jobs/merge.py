@@ -22,7 +22,7 @@ from registry.checks import files
 from registry.models import Merge, Revision
 from registry.services import base_weights, blobs, merges
 from registry.services import recipes as pinned
-from workers import cards
+from workers import cards, selfcheck
 from workers.runner import Stopped, Work
 
 
@@ -68,6 +68,7 @@ def compute(work: Work, merge: Merge, recipe: Recipe, parents: dict[str, Revisio
             for expert in recipe.experts
             if expert.statistics
         }
+        sample = selfcheck.Sample(recipe.digest)
         work.progress(0.02, f"Merging {len(loaded)} experts")
         report = merging.merge(
             recipe,
@@ -78,10 +79,20 @@ def compute(work: Work, merge: Merge, recipe: Recipe, parents: dict[str, Revisio
             memory_bytes=settings.HUB_MERGE_MEMORY_BYTES,
             progress=lambda share: work.progress(0.02 + 0.83 * share),
             cancelled=work.is_stopped,
+            observe=sample,
         ).to_dict()
-    if recipe.output.kind == "ternary":
-        work.progress(0.86, "Encoding")
-        report["ternary"] = encode(recipe, folder, lambda share: work.progress(0.86 + 0.1 * share))
+        if recipe.output.kind == "ternary":
+            work.progress(0.86, "Encoding")
+            report["ternary"] = encode(recipe, folder, lambda share: work.progress(0.86 + 0.06 * share))
+        work.progress(0.92, "Loading the result as its readers will")
+        report["self_check"] = selfcheck.check(
+            folder,
+            recipe=recipe,
+            sample=sample,
+            adapters=list(loaded.values()),
+            base=base,
+            base_shapes=merge.base_model.shapes,
+        )
     return report
 
 
