@@ -74,7 +74,7 @@ def run(wanted: argparse.Namespace, terminal: Terminal) -> None:
             assert hub is not None
             result = _by_hub(hub, draft, wanted.out, terminal)
     _warn(result.report, terminal)
-    terminal.answer(_record(result), _lines(result))
+    terminal.answer(_record(result, wanted.out), _lines(result, wanted.out))
 
 
 @contextmanager
@@ -156,10 +156,10 @@ def _figure(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _record(result: Result) -> dict[str, Any]:
+def _record(result: Result, out: Path) -> dict[str, Any]:
     merge = result.merge
     return {
-        "out": str(result.folder),
+        "out": str(out),
         "by": "hub" if merge else "here",
         "merge": merge.full_name if merge else None,
         "commit": merge.commit if merge else None,
@@ -170,9 +170,9 @@ def _record(result: Result) -> dict[str, Any]:
     }
 
 
-def _lines(result: Result) -> list[str]:
+def _lines(result: Result, out: Path) -> list[str]:
     recipe, report, merge = result.recipe, result.report, result.merge
-    rows = [("merged", f"{merge.full_name} at {merge.commit}" if merge else "here"), ("into", str(result.folder))]
+    rows = [("merged", f"{merge.full_name} at {merge.commit}" if merge else "here"), ("into", str(out))]
     rows.append(("method", str(recipe.get("method"))))
     rows += [("expert", _expert(_object(expert))) for expert in _list(recipe.get("experts"))]
     if report.get("rank"):

@@ -297,13 +297,17 @@ class Hub:
         while True:
             body = self.json(f"/api/v1/merges/{reference.name}", patience=patience)
             state, job = records.merge_state(body)
-            if state == "failed" or (job is not None and job.is_over):
+            if state == "registered":
+                # Whoever reads its files has it computed, and is told of the job; its record alone does nothing.
+                tree = f"/api/models/{reference.full_name}/tree/main"
+                self.json(tree, params={"recursive": "true", "limit": str(records.PAGE)}, patience=patience)
+            elif state == "failed" or (job is not None and job.is_over):
                 _raise_of_merge(reference, state, job)
             if state == "ready":
                 break
             self.progress((job.message if job else "") or "The merge is computed.", job.progress if job else None)
             reason = ClientError(f"{reference.full_name} is still computed.", pointer=reference.full_name, met=state)
-            patience.wait(POLL_SECONDS, reason)
+            patience.wait(POLL_SECONDS if state != "registered" else SETTLE_SECONDS, reason)
         found = records.snapshot(body, full_name=reference.full_name, commit_field="commit")
         if reference.revision not in {"main", found.commit}:
             raise AddressInvalid(

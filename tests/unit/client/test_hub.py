@@ -280,6 +280,20 @@ class TestSnapshots:
         assert seen == [("layer 1", 0.25)]
         assert clock.slept == [1.0]
 
+    def test_a_merge_that_nobody_has_read_yet_is_computed_for_this_reader(self, server, hub, clock, seen):
+        """The job is known from the hub's "not yet", and followed to its end."""
+        body = {"repo": "merges/m1", "commit": COMMIT, "base_model": "bert", "files": []}
+        server.routes["/api/v1/merges/m1"] = [
+            as_json({**body, "state": "registered", "job": None}), as_json({**body, "state": "ready", "job": None}),
+        ]  # fmt: skip
+        pending = problem(503, "merge-pending", "It is computed.", retry_after=5, job="j1")
+        server.routes["/api/models/merges/m1/tree/main"] = [pending, as_json([])]
+        server.routes["/api/v1/jobs/j1"] = [job("running", 0.5), job("done")]
+        assert hub.snapshot(Reference.parse("merges/m1")).commit == COMMIT
+        assert ("It is computed.", 0.5) in seen
+        assert sum(clock.slept) < 5
+        assert len(server.of("/api/models/merges/m1/tree/main")) == 2
+
     def test_a_merge_that_failed_tells_why(self, server, hub):
         failed = {"id": "j", "kind": "merge", "state": "failed", "error": {"detail": "NaN in a parent."}}
         server.routes["/api/v1/merges/m1"] = [
@@ -327,3 +341,33 @@ class TestSnapshots:
         server.routes["/api/v1/experts/ann/tea/revisions/main"] = [as_json(self.RECORD | {"files": files})]
         with pytest.raises(errors.PathUnsafe):
             hub.snapshot(Reference.parse("ann/tea"))
+
+
+class TestPosting:
+    def test_a_body_arrives_as_json_and_the_status_comes_back(self, server, hub):
+        server.routes["/x"] = [Reply(b'{"a": 1}', 202)]
+        assert hub.post("/x", {"tea": "gr\u00fcn"}) == (202, {"a": 1})
+        (asked,) = server.asked
+        assert (asked.method, asked.headers["content-type"]) == ("POST", "application/json")
+        assert json.loads(asked.body) == {"tea": "gr\u00fcn"}
+
+    def test_it_is_sent_again_where_no_answer_came_and_where_the_hub_says_later(self, server, hub, clock):
+        server.routes["/x"] = [
+            Reply(b'{"a": 1}', 202, cut_after=3), problem(503, "later", "Not now.", retry_after=7), Reply(b'{"a": 1}'),
+        ]  # fmt: skip
+        assert hub.post("/x", {"n": 1}) == (200, {"a": 1})
+        assert [json.loads(asked.body) for asked in server.asked] == [{"n": 1}] * 3
+        assert clock.slept == [0.5, 7.0]
+
+    def test_a_refusal_is_not_tried_again(self, server, hub):
+        server.routes["/x"] = [problem(422, "recipe-invalid", "No.")]
+        with pytest.raises(errors.Invalid, match="No"):
+            hub.post("/x", {})
+        assert len(server.asked) == 1
+
+    def test_a_job_is_cancelled_by_one_request_that_waits_for_nothing(self, server, hub, clock):
+        server.routes["/api/v1/jobs/j1/cancel"] = [job("cancelled")]
+        assert hub.cancel("j1").state == "cancelled"
+        server.routes["/api/v1/jobs/j1/cancel"] = [problem(503, "later", "Not now.", retry_after=7)]
+        assert hub.cancel("j1") is None
+        assert ([asked.method for asked in server.asked], clock.slept) == (["POST"] * 2, [])
