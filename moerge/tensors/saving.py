@@ -52,22 +52,19 @@ def save_lora(
         names = ("lora_A.weight", "lora_B.weight")
         if layout.form == "embedding":
             names = ("lora_embedding_A", "lora_embedding_B")
-        factors = (
-            np.pad(_float32(A), ((0, rank - A.shape[0]), (0, 0))),
-            np.pad(_float32(B), ((0, 0), (0, rank - A.shape[0]))),
-        )
+        factors = (_wider(_float32(A), rank - A.shape[0], axis=0), _wider(_float32(B), rank - A.shape[0], axis=1))
         if layout.form == "conv":
             ones = [1] * (len(layout.kernel) - 1)
             factors = (factors[0].reshape(rank, *layout.kernel), factors[1].reshape(-1, rank, *ones))
         for ending, factor in zip(names, factors, strict=True):
             name = f"{PREFIX}{module}.{ending}"
-            tensors[name] = _stored(name, factor, dtype)
+            tensors[name] = _later(name, factor, dtype)
         if biases:
             name = f"{PREFIX}{module}.lora_B.bias"
             tensors[name] = _stored(name, _bias(module, layout, biases, rows=len(B)), dtype)
     targets = sorted({of_base(module) for module in modules})
     replaced = _replaced(saved or {}, frozenset(targets))
-    tensors |= {name: _stored(name, _float32(values), dtype) for name, values in replaced.tensors.items()}
+    tensors |= {name: _later(name, _float32(values), dtype) for name, values in replaced.tensors.items()}
     config = _config(
         targets, rank, base_model=base_model, fan_in_fan_out=fan_in_fan_out, lora_bias=bool(biases), replaced=replaced
     )
@@ -172,7 +169,11 @@ def _unloadable(detail: str, *, met: str) -> AdapterInvalid:
 def _write(folder: str | Path, tensors: Mapping[str, files.Tensor], config: Mapping[str, Any]) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / WEIGHTS, tensors, {"format": "pt"})
+    try:
+        files.write(folder / WEIGHTS, tensors, {"format": "pt"})
+    except BaseException:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        raise
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -210,6 +211,16 @@ def _rank(module: str, B: Array, A: Array) -> int:
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
         raise ValueError(f"{module}: B is {B.shape} and A is {A.shape}, wanted (d_out, rank) and (rank, d_in)")
     return int(A.shape[0])
+
+
+def _wider(values: Float32, extra: int, *, axis: int) -> Float32:
+    """With so many rows or columns of zeros more; no copy where there are none."""
+    return np.pad(values, [(0, extra if side == axis else 0) for side in (0, 1)]) if extra else values
+
+
+def _later(name: str, values: Float32, dtype: str) -> files.Lazy:
+    """Rounded when it is written, so that a large adapter does not lie in memory twice."""
+    return files.Lazy(dtype, values.shape, lambda: _stored(name, values, dtype))
 
 
 def _float32(values: Array) -> Float32:
