@@ -4,7 +4,7 @@ from django.urls import path
 from drf_spectacular.renderers import OpenApiJsonRenderer
 from drf_spectacular.views import SpectacularAPIView
 
-from api.v1 import catalogue, experts, jobs, keys, merges, routing, uploads
+from api.v1 import catalogue, experts, jobs, keys, lineage, merges, routing, uploads
 
 urlpatterns = [
     path("openapi.json", SpectacularAPIView.as_view(renderer_classes=[OpenApiJsonRenderer], urlconf="api.urls")),
@@ -17,11 +17,13 @@ urlpatterns = [
     path("experts/<str:owner>/<str:name>/revisions", experts.Revisions.as_view()),
     path("experts/<str:owner>/<str:name>/revisions/<str:revision>", experts.OneRevision.as_view()),
     path("experts/<str:owner>/<str:name>/compressed", experts.Compressed.as_view()),
+    path("experts/<str:owner>/<str:name>/lineage", lineage.ExpertLineage.as_view()),
     path("route", routing.Route.as_view()),
     path("route/merge", routing.RouteMerge.as_view()),
     path("merges", merges.Merges.as_view()),
     path("merges/check", merges.MergeCheck.as_view()),
     path("merges/<str:merge_id>", merges.OneMerge.as_view()),
+    path("merges/<str:merge_id>/lineage", lineage.MergeLineage.as_view()),
     path("jobs/<str:job_id>", jobs.OneJob.as_view()),
     path("jobs/<str:job_id>/cancel", jobs.CancelJob.as_view()),
     path("jobs/<str:job_id>/retry", jobs.RetryJob.as_view()),

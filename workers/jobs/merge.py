@@ -20,7 +20,7 @@ from moerge.tensors.bases import BaseWeights
 from registry import selectors, storage
 from registry.checks import files
 from registry.models import Merge, Revision
-from registry.services import base_weights, blobs, merges
+from registry.services import base_weights, blobs, lineage, merges
 from registry.services import recipes as pinned
 from workers import cards, selfcheck
 from workers.runner import Stopped, Work
@@ -41,11 +41,12 @@ def run(work: Work) -> dict[str, Any]:
     try:
         report = compute(work, merge, recipe, parents, folder)
         work.progress(0.96, "Storing the result")
+        told = lineage.record(merge, recipe, environment=report["environment"])
         texts = {
-            "README.md": cards.of_merge(merge, recipe, report),
+            "README.md": cards.of_merge(merge, recipe),
             "recipe.json": json.dumps(recipe.to_dict(), indent=2, sort_keys=True) + "\n",
             "report.json": json.dumps(report, indent=2, sort_keys=True) + "\n",
-            "lineage.json": json.dumps(lineage(merge, report), indent=2, sort_keys=True) + "\n",
+            "lineage.json": json.dumps(told, indent=2, sort_keys=True) + "\n",
         }
         for name, text in texts.items():
             (folder / name).write_text(text)
@@ -130,23 +131,3 @@ def load(revision: Revision, opened: ExitStack, *, base: BaseWeights | None) -> 
         config = adapters.parse_config(file.read())
     path = opened.enter_context(kept.as_path(selectors.file(revision, files.WEIGHTS).blob_id))
     return adapters.load(config, path, accept=merging.ACCEPTED, base=base)
-
-
-def lineage(merge: Merge, report: dict[str, Any]) -> dict[str, Any]:
-    """Where a merge comes from, for machines: the recipe's digest and every parent by commit and file digest."""
-    return {
-        "recipe_digest": merge.recipe_id,
-        "commit": merge.commit,
-        "base_model": merge.base_model.name,
-        "method": merge.recipe.method,
-        "energy_kept": report["energy_kept"],
-        "parents": [
-            {
-                "expert": parent.revision.expert.full_name if parent.revision.expert else None,
-                "revision": parent.revision.commit,
-                "weight": parent.weight,
-                "weights_sha256": selectors.file(parent.revision, files.WEIGHTS).blob_id,
-            }
-            for parent in merge.parents.select_related("revision__expert__namespace")
-        ],
-    }
