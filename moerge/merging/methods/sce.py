@@ -19,6 +19,7 @@ SPEC = Spec(
     summary="Keep the values on which experts differ most, weigh experts by their energy, erase minority signs.",
     when="Experts of one model family tuned on different data, where a few values differ much.",
     paper="arXiv 2408.07990",
+    version=2,
     parameters=(
         number(
             "select",
@@ -51,9 +52,7 @@ def prepare(stream: Stream, parameters: Parameters) -> State:
     """Select by variance, then weigh by mean square; no absolute guards, so the method is free of scale."""
     selected, shares = {}, {}
     for name in stream.names:
-        variance = np.concatenate([found for _, found in stream.over_blocks(name, _variance)])
-        kept = parts.count_kept(parameters.select, int(np.count_nonzero(variance)), minimum=0)
-        mask = selected[name] = parts.keep_largest(variance, kept)
+        mask = selected[name] = _selected(stream, name, parameters)
 
         def energy(block: Block, mask: npt.NDArray[np.bool_] = mask) -> Array:
             part = mask[block.offset : block.offset + block.values.shape[1]]
@@ -77,6 +76,17 @@ def merge(block: Block, state: State, parameters: Parameters) -> Array:
     agreeing = parts.agree(values, parts.elect_signs(values))
     numerator = parts.weighted_total(values * agreeing, shares)
     return parts.divide(numerator, parts.weight_of(agreeing, shares))
+
+
+def _selected(stream: Stream, name: str, parameters: Parameters) -> npt.NDArray[np.bool_]:
+    """The share of a tensor's values on which experts differ most; all of them at a share of 1, whether they differ or
+    not, so that a single expert is itself.
+    """
+    if parameters.select == 1:
+        return np.ones(stream.size(name), dtype=np.bool_)
+    variance = np.concatenate([found for _, found in stream.over_blocks(name, _variance)])
+    kept = parts.count_kept(parameters.select, int(np.count_nonzero(variance)), minimum=0)
+    return parts.keep_largest(variance, kept)
 
 
 def _variance(block: Block) -> Array:

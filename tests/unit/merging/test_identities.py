@@ -45,7 +45,7 @@ EVERYTHING = {
 }
 # A single expert is changed by these on purpose: values made equal, drowned, balanced, or voted away. AdaMerging
 # has a coefficient of its own.
-NO_IDENTITY = {"adamerging", "consensus_ta", "iso_c", "iso_cts", "one_bit", "pcb", "sce"}
+NO_IDENTITY = {"adamerging", "consensus_ta", "iso_c", "iso_cts", "one_bit", "pcb"}
 
 
 def merge(method, experts, weights=None, *, seed=0, digests=None, statistics=None, **parameters):
