@@ -66,11 +66,14 @@ def of_base_tensor(name: str) -> str:
 
 
 def _role(kind: Kind, name: str) -> tuple[str, str]:
-    """(module, role) of a tensor by the end of its name, or two empty strings."""
+    """(module, role) of a tensor by the end of its name, of one part or two, or two empty strings."""
     if name.startswith(PREFIX):
-        for ending, role in kind.endings.items():
-            if name.endswith(f".{ending}"):
-                return name[len(PREFIX) : -len(ending) - 1], role
+        head, _, last = name[len(PREFIX) :].rpartition(".")
+        module, _, first = head.rpartition(".")
+        if module and (role := kind.endings.get(f"{first}.{last}")):
+            return module, role
+        if head and (role := kind.endings.get(last)):
+            return head, role
     return "", ""
 
 

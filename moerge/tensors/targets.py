@@ -32,11 +32,15 @@ class Targets:
 
     def rank(self, module: str) -> int:
         """The rank the config gives a module: the first matching rank_pattern, else r."""
+        if not self._config.rank_pattern:
+            return self._config.r
         key = self._ranks.key_for(of_base(module), self._budget)
         return self._config.rank_pattern.get(key, self._config.r)
 
     def alpha(self, module: str) -> float:
         """The alpha the config gives a module: the first matching alpha_pattern, else lora_alpha."""
+        if not self._config.alpha_pattern:
+            return self._config.lora_alpha
         key = self._alphas.key_for(of_base(module), self._budget)
         return self._config.alpha_pattern.get(key, self._config.lora_alpha)
 
@@ -62,8 +66,8 @@ class Targets:
             return None
         if isinstance(wanted, str):
             return patterns.matches(wanted, module, self._budget, whole=True, pointer="/feedforward_modules")
-        self._budget.spend(1)
-        # PEFT takes any end of the name, not only one after a dot.
+        # Names of few lengths cost next to nothing. PEFT takes any end of a name, not only one after a dot.
+        self._budget.spend(len(self._feedforward_lengths) // 8)
         return any(module[len(module) - length :] in self._feedforward for length in self._feedforward_lengths
                    if length <= len(module))  # fmt: skip
 

@@ -162,11 +162,18 @@ def test_one_tensor_under_two_spellings_is_refused(make):
     assert "twice" in error.detail
 
 
-def test_a_bias_on_b_needs_its_setting(make):
-    name = f"base_model.model.{Q}.lora_B.bias"
-    assert refused(make({name: ones(4)})).pointer == name
-    facts = adapters.check(*make({name: ones(4)}, lora_bias=True)[:2])
-    assert (facts.biased, facts.blockers) == ((Q,), ())
+def test_a_bias_on_b_and_its_setting_go_together(make):
+    names = [f"base_model.model.{module}.lora_B.bias" for module in (Q, V)]
+    both = {name: ones(4) for name in names}
+    assert refused(make(both)).met == "lora_bias None and a bias on B"
+    assert refused(make({names[0]: ones(4)}, lora_bias=True)).pointer == KEY.format(V, "B")
+    error = refused(make(both | {names[1]: ones(3)}, lora_bias=True))
+    assert (error.pointer, error.met, error.wanted) == (names[1], [3], [4])
+    config, head, path = make(both, lora_bias=True, alpha_pattern={"value": 5})
+    facts = adapters.check(config, head)
+    assert (facts.biased, facts.blockers) == ((Q, V), ())
+    adapter = adapters.load(config, path)
+    assert {name: values.tolist() for name, values in adapter.biases.items()} == {Q: [1.5] * 4, V: [2.5] * 4}
 
 
 def test_saved_modules_and_biases_are_told_from_factors(make):
@@ -237,13 +244,15 @@ def test_loading_what_cannot_be_merged_says_why_and_can_be_told_to_go_on(make):
     assert caught.value.pointer == "/modules_to_save"
     assert "head" in caught.value.met
     assert caught.value.remedy
-    assert adapters.load(config, path, accept=["/modules_to_save"]).facts.saved == ("base_model.model.head.weight",)
+    adapter = adapters.load(config, path, accept=["/modules_to_save"])
+    assert adapter.facts.saved == ("base_model.model.head.weight",)
+    assert {name: values.tolist() for name, values in adapter.saved.items()} == {"head.weight": [1, 1]}
 
 
 def test_a_kind_without_a_delta_cannot_be_told_to_go_on(make):
     names = {KEY.format(module, factor): None for module in (Q, V) for factor in "AB"}
-    config, _, path = make({**names, f"base_model.model.{Q}.ia3_l": ones(4, 1)}, peft_type="IA3")
-    with pytest.raises(AdapterInvalid, match="multiplies"):
+    config, _, path = make({**names, f"base_model.model.{Q}.oft_R.weight": ones(4, 1)}, peft_type="OFT")
+    with pytest.raises(AdapterInvalid, match="rotates"):
         adapters.load(config, path, accept=["/peft_type"])
 
 
