@@ -1,16 +1,21 @@
-"""The family of a merge as the numbers that an SVG of the page is written from: layers from left to right."""
+"""The lineage of a merge or an expert as the numbers that an SVG of the page is written from, layer by layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from django.urls import reverse
+
+from registry.services import lineage
+
 BOX_WIDTH, BOX_HEIGHT = 190, 44
 GAP_X, GAP_Y, MARGIN = 90, 14, 4
 LONGEST = 24
+MOST_IN_A_LAYER = 16
 
 
 @dataclass(frozen=True)
 class Node:
-    """Something in the family: `kind` is base, expert or merge, `url` is empty where there is no page."""
+    """One box: `kind` is base, expert or merge, `url` is empty where there is no page."""
 
     key: str
     title: str
@@ -50,6 +55,28 @@ class Graph:
     description: str
     box_width: int = BOX_WIDTH
     box_height: int = BOX_HEIGHT
+
+
+def of_lineage(found: lineage.Graph) -> Graph | None:
+    """The drawing of a lineage; None where it would be too large to be read."""
+    layers = [layer for layer in lineage.layers(found) if layer]
+    if not layers or max(len(layer) for layer in layers) > MOST_IN_A_LAYER:
+        return None
+    edges = [(edge.origin, edge.target, "" if edge.weight is None else f"{edge.weight:g}") for edge in found.edges]
+    return layered([[_node(node) for node in layer] for layer in layers], edges)
+
+
+def _node(node: lineage.Node) -> Node:
+    mark = ", yanked" if node.yanked else ""
+    if node.kind == lineage.BASE:
+        return Node(node.id, node.name, "base model", node.kind)
+    if node.kind == lineage.MERGE:
+        return Node(node.id, node.name, f"{node.state}{mark}", node.kind, f"/{node.name}")
+    owner, _, name = node.name.partition("/")
+    commit = node.revision or ""
+    return Node(
+        node.id, node.name, f"{commit[:12]}{mark}", node.kind, reverse("expert-tree", args=[owner, name, commit])
+    )
 
 
 def layered(layers: Sequence[Sequence[Node]], edges: Sequence[tuple[str, str, str]]) -> Graph:

@@ -10,12 +10,13 @@ from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_POST
 
+from frontend import graphs
 from frontend.views import compression
 from frontend.views.common import page
 from registry import jobs, selectors
 from registry.errors import ExpertNotFound, FileNotFound, NotAllowed
 from registry.models import Expert, Job, Namespace, Revision, User
-from registry.services import downloads, experts, reconstructions
+from registry.services import downloads, experts, lineage, reconstructions
 
 PAGE = 30
 FACETS = {"base_model": "base_model__name", "kind": "adapter_kind", "licence": "licence"}
@@ -79,6 +80,7 @@ def expert(request: HttpRequest, owner: str, name: str, revision: str = "main") 
         "history": selectors.history(found)[:20],
         "card": card_body(shown),
         "children": selectors.merges_of(found, request.user)[:20],
+        "graph": graphs.of_lineage(lineage.of_expert(selectors.history(found), request.user)),
         "may_write": selectors.may_write(request.user, owner),
         **progress(shown),
     }

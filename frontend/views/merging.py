@@ -12,13 +12,12 @@ from django.urls import reverse
 from django.views.decorators.http import require_POST
 
 from frontend import graphs
-from frontend.graphs import Graph, Node
 from frontend.views.common import page
 from moerge.merging.recipe import DTYPES
 from registry import jobs, selectors
 from registry.errors import HubError, NotAllowed
 from registry.models import Expert, Job, Merge, MergeParent, Method, Revision, User
-from registry.services import kinship, merges, recipes
+from registry.services import kinship, lineage, merges, recipes
 
 SHOWN_AT_ONCE = 100
 WEAKEST = 10
@@ -193,7 +192,7 @@ def context_of(request: HttpRequest, merge_id: str) -> dict[str, Any]:
         "merge": found,
         "recipe": json.dumps(json.loads(found.recipe.canonical), indent=2),
         "parents": parents,
-        "graph": graph_of(found, parents),
+        "graph": graphs.of_lineage(lineage.of_merge(found, request.user)),
         "kinship": kinship_of(parents),
         "weakest": sorted(modules, key=lambda row: row["energy_kept"])[:WEAKEST],
         "yanked": selectors.yanked_parents(found),
@@ -210,22 +209,6 @@ def context_of(request: HttpRequest, merge_id: str) -> dict[str, Any]:
 
 def _may_cancel(request: HttpRequest, job: Job) -> bool:
     return isinstance(request.user, User) and (request.user.is_staff or job.requested_by_id == request.user.pk)
-
-
-def graph_of(merge: Merge, parents: list[MergeParent]) -> Graph:
-    """Base, parents and merge from left to right."""
-    base = Node("base", merge.base_model.name, "base model", "base")
-    result = Node("merge", merge.full_name, f"{merge.recipe.method}, {merge.state}", "merge")
-    experts = []
-    for parent in parents:
-        expert = parent.revision.expert
-        assert expert is not None
-        url = reverse("expert-tree", args=[expert.namespace.name, expert.name, parent.revision.commit])
-        note = f"{parent.revision.commit[:12]}, {parent.revision.adapter_kind} {parent.revision.rank or ''}".strip()
-        experts.append(Node(f"parent {parent.position}", expert.full_name, note, "expert", url))
-    edges = [("base", node.key, "") for node in experts]
-    edges += [(node.key, "merge", f"{parent.weight:g}") for node, parent in zip(experts, parents, strict=True)]
-    return graphs.layered([[base], experts, [result]], edges)
 
 
 def kinship_of(parents: list[MergeParent]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 from django.test import Client
 
 from registry import jobs
-from registry.models import Job, Kinship, Merge, Revision, User
+from registry.models import Expert, Job, Kinship, Merge, Revision, User
 from registry.services import catalogues, experts, kinship, merges, recipes
 from tests import tiny
 from tests.integration import hf
@@ -117,6 +117,15 @@ def test_the_page_tells_parents_graph_report_and_how_to_load_it(browser, client)
     assert f'href="/ann/first/tree/{head.commit}"' in page
 
 
+def test_the_page_of_an_expert_shows_what_it_went_into(browser, client, ann) -> None:
+    merge = registered(browser)
+    page = text(client.get("/ann/first"))
+    assert f"ann/first to {merge.full_name}, 0.7" in page
+    experts.change_visibility(user=ann, expert=Expert.objects.get(name="second"), visibility="private")
+    assert merge.full_name not in text(client.get("/ann/first"))
+    assert merge.full_name in text(browser.get("/ann/first"))
+
+
 def test_kinship_that_was_measured_is_on_the_page(browser, client) -> None:
     merge = registered(browser)
     assert "Sign conflict" not in text(client.get(f"/{merge.full_name}"))
@@ -175,7 +184,7 @@ def test_a_merge_that_sleeps_says_so_and_is_started_by_a_reader(browser, ann, cl
 
 def test_a_hidden_parent_hides_page_check_and_buttons(browser, ann) -> None:
     merge = registered(browser)
-    experts.change_visibility(user=ann, expert=experts.Expert.objects.get(name="second"), visibility="private")
+    experts.change_visibility(user=ann, expert=Expert.objects.get(name="second"), visibility="private")
     stranger = Client()
     stranger.force_login(hf.person("rob")[0])
     assert stranger.get(f"/{merge.full_name}").status_code == 404

@@ -1,7 +1,8 @@
-"""The drawing of a merge's family: every node at its place, every edge from side to side, names that fit."""
+"""The drawing of a lineage: every node at its place, every edge from side to side, names that fit."""
 
 from frontend import graphs
 from frontend.graphs import Node
+from registry.services import lineage
 
 BASE = Node("b", "owner/base", "base model", "base")
 FIRST = Node("1", "ann/first", "lora 4", "expert", "/ann/first")
@@ -36,3 +37,21 @@ def test_a_long_name_keeps_its_beginning_and_its_end() -> None:
     assert graphs.shortened("ann/first") == "ann/first"
     short = graphs.shortened(SECOND.title)
     assert (len(short), short[:4], short[-3:]) == (graphs.LONGEST, "ben/", "fit")
+
+
+def test_a_lineage_is_drawn_with_links_weights_and_marks_and_left_out_when_it_is_too_large() -> None:
+    found = lineage.Graph()
+    base = lineage.Node("base:o/b", lineage.BASE, "o/b")
+    expert = lineage.Node("ann/x@" + "a" * 40, lineage.EXPERT, "ann/x", "a" * 40, "ready", yanked=True)
+    merge = lineage.Node("merges/1", lineage.MERGE, "merges/1", "b" * 40, "ready")
+    edges = [lineage.Edge(base.id, expert.id, "trained_on"), lineage.Edge(expert.id, merge.id, "merged_into", -0.25)]
+    found.add(base, expert, merge, edges=edges)
+    graph = graphs.of_lineage(found)
+    assert graph is not None
+    told = [(box.node.url, box.node.note) for box in graph.boxes]
+    assert told == [("", "base model"), (f"/ann/x/tree/{'a' * 40}", "aaaaaaaaaaaa, yanked"), ("/merges/1", "ready")]
+    assert [line.label for line in graph.lines] == ["", "-0.25"]
+    for number in range(graphs.MOST_IN_A_LAYER):
+        found.add(lineage.Node(f"merges/m{number}", lineage.MERGE, f"merges/m{number}", "c" * 40, "ready"))
+    assert graphs.of_lineage(found) is None
+    assert graphs.of_lineage(lineage.Graph()) is None
