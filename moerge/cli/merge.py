@@ -125,9 +125,12 @@ def _checked(told: Mapping[str, Any]) -> list[str]:
         rows.append(("time", f"about {cost.get('cpu_seconds')} s of one core"))
     if licence:
         rows.append(("licence", f"{licence.get('licence') or 'unknown'} ({licence.get('verdict')})"))
-    for pair in map(_object, _list(_object(told.get("kinship")).get("pairs"))):
+    kinship = _object(told.get("kinship"))
+    for pair in map(_object, _list(kinship.get("pairs"))):
         figures = ", ".join(f"{name} {_figure(value)}" for name, value in pair.items() if isinstance(value, float))
         rows.append(("kinship", f"{pair.get('first')}, {pair.get('second')}: {figures}"))
+    if kinship.get("state", "ready") != "ready":
+        rows.append(("kinship", str(kinship.get("reason") or f"of other pairs: {kinship['state']}")))
     if told.get("repo"):
         rows.append(("address", f"{told['repo']} ({told.get('state') or 'not asked for yet'})"))
     return [*arguments.table(rows), "can be merged"]

@@ -52,6 +52,7 @@ class _Placed:
     position: int
     folder: Path
     revision: str
+    hub_base: str = ""  # what the hub calls its base
 
     @property
     def pointer(self) -> str:
@@ -101,7 +102,7 @@ def _place(named: Named, position: int, hub: Hub | None) -> _Placed:
     snapshot = hub.snapshot(reference)
     folder = environment.cache() / "experts" / reference.owner / reference.name / snapshot.commit
     pulling.pull(hub, reference, folder, only=_FILES, snapshot=snapshot)
-    return _Placed(named, position, folder, snapshot.commit)
+    return _Placed(named, position, folder, snapshot.commit, snapshot.base_model)
 
 
 def _of_checkpoints(draft: Draft, placed: Sequence[_Placed], base: BaseWeights | None) -> Ready:
@@ -123,9 +124,8 @@ def _of_adapters(draft: Draft, placed: Sequence[_Placed], base: BaseWeights | No
     facts = [_about(one) for one in placed]
     names = [one.config.base_model_name_or_path for one in placed]
     fields = {**draft.fields, "output": _output(draft, "ia3" if all(one.family == "ia3" for one in facts) else "lora")}
-    if draft.base is not None and len(set(names)) > 1:
-        # They call one base by several names, of which the folder is none.
-        fields.setdefault("base_model", str(draft.base))
+    if fields.get("base_model") is None:
+        fields["base_model"] = _base_model(draft, placed, names)
     said = fields.get("base_model")
     base = base if _needs_base(fields["output"], facts) else None
     spec = catalogue().get(str(fields.get("method")))
@@ -139,7 +139,7 @@ def _of_adapters(draft: Draft, placed: Sequence[_Placed], base: BaseWeights | No
             found["statistics"] = beside
         items.append(_item(one, weight, found) | ({"base_model": name} if said is None and name else {}))
         warnings += [f"{one.named.text}: {text}" for text in fact.warnings]
-        if said is not None and name not in {None, said}:
+        if draft.fields.get("base_model") not in {None, name} and name is not None:
             warnings.append(f"{one.named.text} says that it was trained on {name}; the recipe says {said}.")
     return Ready(
         recipes.parse({**fields, **_weights_of(base, fields), "experts": items}),
@@ -148,6 +148,17 @@ def _of_adapters(draft: Draft, placed: Sequence[_Placed], base: BaseWeights | No
         base=base,
         warnings=tuple(warnings),
     )
+
+
+def _base_model(draft: Draft, placed: Sequence[_Placed], names: Sequence[str | None]) -> str | None:
+    """What the base is called: by the hub that knows all experts, else by all configs; None where they differ."""
+    by_hub = {one.hub_base for one in placed}
+    if len(by_hub) == 1 and "" not in by_hub:
+        return by_hub.pop()
+    if len(set(names)) == 1:
+        return names[0]
+    # Whoever gives the base's folder has said that it is one base.
+    return None if draft.base is None else str(draft.base)
 
 
 def _about(one: _Placed) -> AdapterFacts:

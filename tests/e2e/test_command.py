@@ -28,6 +28,7 @@ def environment(hub: Hub, home: Path, url: str = "") -> dict[str, str]:
     """A terminal of a user who knows the hub and nothing else."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUB_", "DJANGO_"))}
     mine = {"HF_ENDPOINT": url or hub.url, "HF_TOKEN": hub.api_key, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    mine["MOERGE_CACHE"] = str(home / "cache")
     return {**kept, **mine, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost"}
 
 
@@ -152,6 +153,76 @@ def test_a_merge_that_is_still_computed_is_waited_for(moerge: Run, hub: Hub, tmp
     assert moerge("verify", tmp_path / "out").returncode == 0
 
 
+RECIPE = """
+# Random values are dropped, so that seed, order and contents of the experts decide about every byte.
+method: dare
+parameters: {density: 0.3, elect: ties}
+seed: 11
+experts:
+  - {expert: OWNER/travel-desk, weight: 0.75}
+  - {expert: OWNER/small-talk@main, weight: 0.5}
+  - {expert: OWNER/kitchen-and-dining, weight: -0.25}
+"""
+
+
+@pytest.fixture
+def recipe(hub: Hub, tmp_path: Path) -> Path:
+    place = tmp_path / "recipe.yaml"
+    place.write_text(RECIPE.replace("OWNER", hub.username))
+    return place
+
+
+def test_a_recipe_gives_the_same_bytes_by_the_hub_and_on_this_machine(moerge: Run, recipe: Path, tmp_path: Path):
+    by_hub = moerge("merge", recipe, "--out", tmp_path / "hub", "--json")
+    assert by_hub.returncode == 0, by_hub.stderr
+    here = moerge("merge", recipe, "--out", tmp_path / "here", "--local", "--json")
+    assert here.returncode == 0, here.stderr
+    there, local = json.loads(by_hub.stdout), json.loads(here.stdout)
+    assert (there["by"], local["by"]) == ("hub", "here")
+    assert there["recipe"] == local["recipe"]
+    assert there["digest"] == local["digest"]
+    assert content(tmp_path / "hub")[WEIGHTS] == content(tmp_path / "here")[WEIGHTS]
+    assert there["report"]["energy_kept"] == local["report"]["energy_kept"]
+    assert moerge("verify", tmp_path / "here").returncode == 0
+    assert moerge("verify", there["merge"]).returncode == 0
+    # Folders with the same contents are the same experts.
+    experts = [
+        {"expert": str(ROOT / "examples" / "experts" / item["expert"].split("/")[1]), "weight": item["weight"]}
+        for item in local["recipe"]["experts"]
+    ]
+    folders = tmp_path / "folders.json"
+    folders.write_text(json.dumps({**local["recipe"], "experts": experts}))
+    assert moerge("merge", folders, "--out", tmp_path / "from-folders", HF_ENDPOINT="").returncode == 0
+    assert content(tmp_path / "from-folders")[WEIGHTS] == content(tmp_path / "hub")[WEIGHTS]
+
+
+def test_a_check_by_the_hub_says_what_the_merge_will_be(moerge: Run, recipe: Path, tmp_path: Path):
+    checked = moerge("merge", recipe, "--check", "--json")
+    assert checked.returncode == 0, checked.stderr
+    told = json.loads(checked.stdout)
+    done = moerge("merge", recipe, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    merged = json.loads(done.stdout)
+    assert (told["repo"], told["commit"], told["digest"]) == (merged["merge"], merged["commit"], merged["digest"])
+    assert told["output"]["rank"] == merged["report"]["rank"]
+    assert {"licence", "cost", "kinship"} <= told.keys()
+    printed = moerge("merge", recipe, "--check").stdout
+    for words in ("travel-desk", "small-talk", "rank", "licence", told["repo"]):
+        assert words in printed
+
+
+def test_a_recipe_that_the_hub_refuses_is_1_with_the_field(moerge: Run, hub: Hub, recipe: Path, tmp_path: Path):
+    nobody = moerge("merge", recipe, "--out", tmp_path / "out", HF_TOKEN="")
+    assert (nobody.returncode, "unauthenticated" in nobody.stderr) == (1, True)
+    recipe.write_text(recipe.read_text().replace("small-talk@main", "no-such"))
+    for options in ([], ["--local"]):
+        absent = moerge("merge", recipe, "--out", tmp_path / "out", *options)
+        assert (absent.returncode, "expert-not-found" in absent.stderr) == (1, True)
+    told = moerge("merge", recipe, "--check", "--json")
+    assert json.loads(told.stdout)["problem"]["errors"][0]["pointer"] == "/experts/1/expert"
+    assert not (tmp_path / "out").exists()
+
+
 def test_refusals_of_the_hub_are_told_and_end_with_1(moerge: Run, expert: str, tmp_path: Path):
     hidden = moerge("pull", expert, "--out", tmp_path / "out", HF_TOKEN="")
     absent = moerge("pull", f"{expert}-not", "--out", tmp_path / "out")
@@ -166,7 +237,7 @@ def test_refusals_of_the_hub_are_told_and_end_with_1(moerge: Run, expert: str, t
 
 
 @pytest.mark.clients
-def test_the_installed_package_is_light_and_its_command_works(hub: Hub, expert: str, tmp_path: Path):
+def test_the_installed_package_is_light_and_its_command_works(hub: Hub, expert: str, recipe: Path, tmp_path: Path):
     """`pip install .` into an environment of its own: the command, five libraries, and neither torch nor Django."""
     place = tmp_path / "environment"
     copy = tmp_path / "source"
@@ -199,6 +270,9 @@ def test_the_installed_package_is_light_and_its_command_works(hub: Hub, expert: 
     run("verify", "file.compeft")
     run("verify", expert)
     run("decompress", "file.compeft", "back")
+    run("merge", recipe, "--out", "merged")
+    run("merge", recipe, "--out", "merged-here", "--local")
+    assert content(tmp_path / "merged")[WEIGHTS] == content(tmp_path / "merged-here")[WEIGHTS]
     assert content(tmp_path / "whole") == content(ORIGINAL)
     back, small = load_file(tmp_path / "back" / WEIGHTS), load_file(tmp_path / "small" / WEIGHTS)
     assert back.keys() == small.keys()
