@@ -80,6 +80,7 @@ def prepared(draft: Draft, *, hub: Hub | None = None) -> Iterator[Ready]:
     Raises RecipeInvalid, ExpertsIncompatible with a pointer to the expert, what pulling raises, OSError.
     """
     draft = replace(draft, fields={name: value for name, value in draft.fields.items() if name not in _TERMS})
+    _check_rest(draft)
     placed = [_place(named, position, hub) for position, named in enumerate(draft.experts)]
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(draft.base)) if draft.base else None
@@ -87,6 +88,13 @@ def prepared(draft: Draft, *, hub: Hub | None = None) -> Iterator[Ready]:
             yield _of_checkpoints(draft, placed, base)
         else:
             yield _of_adapters(draft, placed, base)
+
+
+def _check_rest(draft: Draft) -> None:
+    """Refuse all that is wrong apart from the experts' content, before anything is fetched. Raises RecipeInvalid."""
+    unknown = {"expert": "-", "revision": "-", "digest": "-", "statistics": "-"}
+    pairs = zip(draft.experts, draft.weights(), strict=True)
+    recipes.parse({**draft.fields, "experts": [{**named.fields, **weight, **unknown} for named, weight in pairs]})
 
 
 def _place(named: Named, position: int, hub: Hub | None) -> _Placed:

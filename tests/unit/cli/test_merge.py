@@ -459,6 +459,14 @@ def test_references_are_fetched_and_merged_here_as_folders_are(moerge, published
     assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
+@pytest.mark.parametrize("changes", [{"method": "soup"}, {"parameters": {"density": 0}}, {"output": {"kind": "cake"}}])
+def test_a_wrong_recipe_is_refused_before_an_expert_is_fetched(moerge, published, remote, tmp_path, changes):
+    body = json.loads(remote.read_text()) | changes
+    remote.write_text(json.dumps(body))
+    done = moerge("merge", remote, "--out", tmp_path / "out", "--local", "--endpoint", published.url)
+    assert (done.status, published.asked) == (1, [])
+
+
 def test_a_damaged_expert_is_3_and_merges_nothing(moerge, published, remote, experts, tmp_path):
     data = (experts["cup"] / WEIGHTS).read_bytes()
     published.routes[f"/ann/cup/resolve/{'b' * 40}/{WEIGHTS}"] = stored(data[::-1], "tag")
