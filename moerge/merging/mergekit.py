@@ -404,7 +404,7 @@ def _check_alone(base: _Model) -> None:
         met = base.name if base.base is not None else base.revision
         raise _refused(
             "/base_model",
-            f"The base is {shown(met)} of another model or at a revision",
+            f"The base is {shown(met)}, part of another model or at a revision",
             met,
             "the base by its name alone",
             "Name the model that the experts were trained from.",
