@@ -267,6 +267,29 @@ class Stream:
             return np.asarray(delta.B[rows] @ np.ascontiguousarray(delta.A[:, columns])).ravel()
         return delta.ravel()[:: max(1, delta.size // count)]
 
+    def stretches(self, name: str) -> Iterator[tuple[int, Array]]:
+        """The blocks of one tensor one by one, (members, values), with the flat index each begins at."""
+        members = self.members(name)
+        owners = [row for row, member in enumerate(members) if name in self.sources[member].tensors]
+        for found in zip(*(self.blocks(name, members[row]) for row in owners), strict=True):
+            offset, first = found[0]
+            values = np.zeros((len(members), first.size), dtype=np.result_type(*(part.dtype for _, part in found)))
+            for row, (_, part) in zip(owners, found, strict=True):
+                values[row] = part
+            yield offset, values
+
+    def samples(self, name: str, count: int) -> Array:
+        """About `count` values of one tensor of every member, (members, values); from the same places in deltas of one
+        kind.
+        """
+        members = self.members(name)
+        owners = [row for row, member in enumerate(members) if name in self.sources[member].tensors]
+        found = [self.sample(name, members[row], count) for row in owners]
+        values = np.zeros((len(members), min(part.size for part in found)), dtype=np.result_type(*found))
+        for row, part in zip(owners, found, strict=True):
+            values[row] = part[: values.shape[1]]
+        return values
+
     def over_blocks(self, name: str, work: Callable[[Block], Result]) -> list[tuple[tuple[int, int], Result]]:
         """Call `work` on each block of a tensor, over all members; results in row order, with first and last row.
 

@@ -1,12 +1,13 @@
 """PCB: balance how strongly a value matters within its expert against how the other experts see it."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from moerge.merging import parts
+from moerge.merging import parts, selection
 from moerge.merging.base import MISSING, Parameters, Spec, number, scale
 from moerge.merging.sources import Block, Stream
 
@@ -39,64 +40,129 @@ class State:
 
 
 def prepare(stream: Stream, parameters: Parameters) -> State:
-    """Order statistics of magnitudes and of scores over all tensors of each expert.
-
-    This holds one score per value of one expert, the only method of this form whose memory grows with the model.
-    """
-    members = range(len(stream.sources))
+    """Order statistics of magnitudes and of scores over all tensors of each expert."""
     size = sum(stream.size(name) for name in stream.names)
-    magnitudes = {}
-    for member in members:
-        ordered = np.sort(_gather(stream, member, lambda block, row: np.abs(block.values[row])))
-        low, high = int(size * _CLAMP), int(size * (1 - _CLAMP) - 1)
-        magnitudes[member] = (float(ordered[low]), float(ordered[max(high, 0)]))
-    scores = {}
-    for member in members:
-        found = _gather(stream, member, lambda block, row: _scores(block, row, magnitudes))
-        ordered = np.sort(found)
-        floor = min(int(size * (1 - parameters.ratio) + parts.ROUNDING), size - 1)
-        scores[member] = (float(ordered[floor]), float(ordered[-1]))
+    low, high = int(size * _CLAMP), max(int(size * (1 - _CLAMP) - 1), 0)
+    floor = min(int(size * (1 - parameters.ratio) + parts.ROUNDING), size - 1)
+    magnitudes, scores = {}, {}
+    for member in range(len(stream.sources)):
+        found = _Magnitudes(stream, member)
+        magnitudes[member] = (found.at(low), found.at(high))
+    for member in range(len(stream.sources)):
+        scored = _Scores(stream, member, magnitudes[member])
+        scores[member] = (scored.at(floor), max(scored.tops))
     return State(magnitudes, scores)
+
+
+@dataclass(frozen=True)
+class _Magnitudes:
+    """The magnitude of every value of one expert over all tensors, 0 in tensors in which it does not take part."""
+
+    stream: Stream
+    member: int
+
+    def at(self, place: int) -> float:
+        """The number at a place in rising order."""
+        size = sum(map(self.stream.size, self.stream.names))
+        # What can be ranked in passes is magnitudes: first of the numbers above zero, then of the others.
+        above = self._largest(1, size - place, size)
+        return above if above > 0 else -self._largest(-1, place + 1, size)
+
+    def _largest(self, sign: int, number: int, size: int) -> float:
+        """The so-manieth largest of the numbers of one sign, 0 when there are not so many."""
+
+        def pieces() -> Iterator[tuple[int, Array]]:
+            offset = 0
+            for name in self.stream.names:
+                for found in self.stretches(name):
+                    yield offset, np.maximum(sign * found, 0)
+                    offset += found.size
+
+        def sample() -> Array:
+            counts = {name: selection.SAMPLE_VALUES * self.stream.size(name) // size + 64 for name in self.stream.names}
+            found = np.concatenate([self.sample(name, count) for name, count in counts.items()])
+            return np.maximum(sign * found, 0)
+
+        if number >= size:
+            return min(float(part.min()) for _, part in pieces())
+        return selection.find(pieces, size=size, kept=number, sample=sample, kernels=self.stream.kernels)[0]
+
+    def has(self, name: str) -> bool:
+        """Whether the expert has this tensor."""
+        return name in self.stream.sources[self.member].tensors
+
+    def stretches(self, name: str) -> Iterator[Array]:
+        """The numbers of one tensor."""
+        if self.has(name):
+            yield from (np.abs(found) for _, found in self.stream.blocks(name, self.member))
+        else:
+            yield np.zeros(self.stream.size(name))
+
+    def sample(self, name: str, count: int) -> Array:
+        """About so many of the numbers of one tensor."""
+        return np.abs(self.stream.sample(name, self.member, count)) if self.has(name) else np.zeros(count)
+
+
+@dataclass(frozen=True)
+class _Scores(_Magnitudes):
+    """The score of every value of one expert, and the largest that were met."""
+
+    bounds: tuple[float, float]
+    tops: list[float] = field(default_factory=list)
+
+    def stretches(self, name: str) -> Iterator[Array]:
+        """The scores of one tensor."""
+        for _, values in self.stream.stretches(name):
+            found = self._scores(values, name)
+            self.tops.append(float(found.max()))
+            yield found
+
+    def sample(self, name: str, count: int) -> Array:
+        """About so many of the scores of one tensor."""
+        return self._scores(self.stream.samples(name, count), name)
+
+    def _scores(self, values: Array, name: str) -> Array:
+        members = self.stream.members(name)
+        if self.member not in members:
+            return np.zeros(values.shape[1])
+        own = values[members.index(self.member)].astype(np.float64)
+        return _scored(own, _total(values), len(values), bounds=self.bounds)
 
 
 def merge(block: Block, state: State, parameters: Parameters) -> Array:
     """scale * sum C_t b_t / sum b_t, (experts, values) -> (values,)."""
     numerator = np.zeros(block.values.shape[1])
     divisor = np.zeros(block.values.shape[1])
-    for row, member in enumerate(block.members):
+    summed = _total(block.values)
+    for member, row, weight in zip(block.members, block.values, block.weights, strict=True):
         low, high = state.magnitudes[member]
-        values = block.values[row].astype(np.float64)
-        clamped = np.sign(values) * np.clip(np.abs(values), low, high)
+        values = row.astype(np.float64)
         floor, top = state.scores[member]
-        balance = _between(np.clip(_scores(block, row, state.magnitudes), floor, top), floor, top)
-        numerator += clamped * balance * block.weights[row]
+        scored = _scored(values, summed, len(block.values), bounds=(low, high))
+        balance = _between(np.clip(scored, floor, top, out=scored), floor, top)
+        clamped = np.copysign(np.clip(np.abs(values), low, high), values)
+        # A zero has no sign.
+        clamped *= values != 0
+        numerator += clamped * balance * weight
         divisor += balance
     merged = parameters.scale * numerator / np.maximum(divisor, 1e-12)
     return np.asarray(merged, dtype=block.values.dtype)
 
 
-def _scores(block: Block, row: int, magnitudes: dict[int, tuple[float, float]]) -> Array:
+def _scored(values: Array, summed: Array, experts: int, *, bounds: tuple[float, float]) -> Array:
     """exp(T minmax(|x|)^2) * tanh(x * sum over experts), (values,)."""
-    values = block.values.astype(np.float64)
-    low, high = magnitudes[block.members[row]]
-    strength = _between(np.clip(np.abs(values[row]), low, high), low, high)
-    return np.asarray(np.exp(len(values) * np.square(strength)) * np.tanh(values[row] * parts.total(values)))
+    strength = _between(np.clip(np.abs(values), *bounds), *bounds)
+    return np.asarray(np.exp(experts * np.square(strength)) * np.tanh(values * summed))
+
+
+def _total(values: Array) -> Array:
+    """The sum over experts in float64, (experts, values) -> (values,)."""
+    summed = values[0].astype(np.float64)
+    for row in values[1:]:
+        summed += row
+    return summed
 
 
 def _between(values: Array, low: float, high: float) -> Array:
     """Where values lie between two bounds, 0 to 1; 0 where the bounds are equal."""
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-def _gather(stream: Stream, member: int, work: Any) -> Array:
-    """One number per value of one expert over all tensors."""
-    found = []
-    for name in stream.names:
-
-        def one(block: Block) -> Array:
-            row = block.members.index(member) if member in block.members else None
-            empty: Array = np.zeros(block.values.shape[1])
-            return empty if row is None else np.asarray(work(block, row))
-
-        found += [part for _, part in stream.over_blocks(name, one)]
-    return np.concatenate(found)

@@ -112,6 +112,9 @@ def test_one_expert_is_not_itself_where_a_method_changes_it_on_purpose(method):
 @given(seed=seeds, given_weights=weights)
 def test_experts_in_another_canonical_order_give_the_same(method, seed, given_weights):
     """Other digests sort the experts otherwise, so that all sums run in another order."""
+    if method == "karcher":
+        # Weights below zero can put the mean where arcs do not balance, or hardly.
+        given_weights = [abs(found) for found in given_weights]
     for experts in ([] if method in APART else [normal(3, seed)]) + [low_rank(seed, method)]:
         first = merge(method, experts, given_weights, digests="abc", known="abc")
         assert_same(merge(method, experts, given_weights, digests="zma", known="abc"), first)
