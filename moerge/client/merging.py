@@ -27,6 +27,8 @@ from moerge.tensors import files, strict
 RECIPE, REPORT, LINEAGE = "recipe.json", "report.json", "lineage.json"
 # By these a folder would be taken for something else than was put there last.
 _RESULTS = (LINEAGE, "adapter_config.json", "adapter_model.safetensors", "delta*", "model*.safetensors*", "config.json")
+# What a resolved recipe says of an expert's content, which a hub finds out itself.
+_CONTENTS = ("digest", "statistics")
 _KEYS, _DEPTH = 1_000_000, 64
 
 
@@ -101,7 +103,7 @@ def _carry_out(ready: Ready, stage: Path, progress: Progress) -> dict[str, Any]:
         whole = full_checkpoints.merge(
             recipe, ready.checkpoints, stage, base=ready.base, threads=threads, progress=watch
         )
-        return {**asdict(whole), "warnings": [*ready.warnings]}
+        return {**asdict(whole), "kind": recipe.output.kind, "warnings": [*ready.warnings]}
     report = run.merge(
         recipe,
         ready.adapters,
@@ -143,6 +145,7 @@ def check_here(draft: Draft, *, hub: Hub | None = None) -> dict[str, Any]:
             brought = experts.gather(
                 recipe, ready.adapters, base=ready.base, statistics_by_digest=ready.statistics, opened=opened
             )
+            run.check_rank(recipe, brought)
             size = ready.base.checkpoint.file_bytes if ready.base else 0
             needed = cost.estimate(recipe.spec, recipe.output, brought.sizes, saved=brought.saved, base_bytes=size)
         return {
@@ -178,7 +181,7 @@ def check_free(folder: Path) -> None:
     """A folder may be new, empty, or an earlier merge, which is replaced. Raises ParameterInvalid."""
     if folder.is_dir():
         holds = {path.name for path in folder.iterdir()} - {staging.INSIDE}
-        if not holds or _recipe_in(folder) is not None:
+        if not holds or {"method", "experts"} <= _object_in(folder / RECIPE).keys():
             return
     if folder.exists() or folder.is_symlink():
         met = "a folder with something else in it" if folder.is_dir() else "a file"
@@ -197,17 +200,16 @@ def _settled(folder: Path, digest: str, made: tuple[File, ...], merge: Merge | N
         left |= {"README.md"} - names
     for name in left:
         (folder / name).unlink(missing_ok=True)
-    report = strict.loads((folder / REPORT).read_bytes(), max_keys=_KEYS, max_depth=_DEPTH)
-    return Result(folder, digest, _recipe_in(folder) or {}, report, made, merge)
+    return Result(folder, digest, _object_in(folder / RECIPE), _object_in(folder / REPORT), made, merge)
 
 
-def _recipe_in(folder: Path) -> dict[str, Any] | None:
-    """The recipe that a merge has left in a folder."""
+def _object_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, which somebody else may have written; empty where there is none."""
     try:
-        found = strict.loads((folder / RECIPE).read_bytes(), max_keys=_KEYS, max_depth=_DEPTH)
+        found = strict.loads(path.read_bytes(), max_keys=_KEYS, max_depth=_DEPTH)
     except (OSError, strict.Malformed):
-        return None
-    return found if isinstance(found, dict) and {"method", "experts"} <= found.keys() else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _body(draft: Draft) -> dict[str, Any]:
@@ -224,18 +226,19 @@ def _body(draft: Draft) -> dict[str, Any]:
     for named in draft.experts:
         reference = named.reference
         assert reference is not None, "what is no folder is a reference"
-        given = {name: value for name, value in named.fields.items() if name != "digest"}
+        given = {name: value for name, value in named.fields.items() if name not in _CONTENTS}
         items.append({"expert": reference.full_name, "revision": reference.revision, **given})
     return {**draft.fields, "experts": items}
 
 
 def _check_digests(hub: Hub, draft: Draft, body: Mapping[str, Any]) -> None:
     """A recipe that names the content of its experts is not merged with another content."""
-    given = {str(named.fields["digest"]) for named in draft.experts if "digest" in named.fields}
+    given = {str(named.fields[name]) for named in draft.experts for name in _CONTENTS if name in named.fields}
     if not given:
         return
     told = records.mapping(hub.post("/api/v1/merges/check", body)[1], "the check").get("recipe")
-    found = {str(expert.get("digest")) for expert in records.mapping(told, "the recipe").get("experts", [])}
+    items = records.mapping(told, "the recipe").get("experts", [])
+    found = {str(item[name]) for item in items for name in _CONTENTS if name in item}
     if given - found:
         raise ExpertsIncompatible(
             "An expert is not what the recipe was written for.", pointer="/experts", met=sorted(found - given),

@@ -49,7 +49,7 @@ def merge(
             recipe, adapters_by_digest, base=base, statistics_by_digest=statistics_by_digest or {}, opened=opened
         )
         needed = _cost(recipe, brought, base)
-        _check_rank(recipe, brought)
+        check_rank(recipe, brought)
         _check_memory(needed, memory_bytes)
         writer = _writer(recipe, brought, Path(out_dir), base=base, rank=needed.rank or 0, watch=watch)
         try:
@@ -101,7 +101,7 @@ def _writer(
     return DeltaWriter(recipe, brought, folder, base=base)
 
 
-def _check_rank(recipe: Recipe, brought: Brought) -> None:
+def check_rank(recipe: Recipe, brought: Brought) -> None:
     """Raise RecipeInvalid when cat, which keeps every factor, is given too little."""
     if recipe.output.kind != "lora" or recipe.spec.rank_rule != "all":
         return

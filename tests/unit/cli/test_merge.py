@@ -406,8 +406,12 @@ def test_a_check_tells_what_a_merge_would_give_and_writes_nothing(moerge, recipe
     assert told["output"]["rank"] == merged["report"]["rank"]
     written = (tmp_path / "out" / WEIGHTS).stat().st_size
     assert written <= told["cost"]["written_bytes"] < 1.2 * written
-    done = moerge("merge", write(recipe, method="tiess"), "--check", "--json")
-    assert (done.status, done.json["problem"]["errors"][0]["pointer"]) == (1, "/method")
+    for changes, pointer in (
+        ({"method": "tiess"}, "/method"),
+        ({"method": "cat", "output": {"rank": 4}}, "/output/rank"),
+    ):
+        done = moerge("merge", write(recipe, **changes), "--check", "--json")
+        assert (done.status, done.json["problem"]["errors"][0]["pointer"]) == (1, pointer)
 
 
 # Experts on a hub.
@@ -552,6 +556,20 @@ def test_references_are_merged_by_the_hub_and_every_file_is_verified(moerge, ser
     assert "warning: Rank 5 is small." in done.err
     told = moerge("merge", remote, "--out", tmp_path / "out", "--endpoint", server.url, "--json").json
     assert (told["by"], told["merge"], told["commit"], told["digest"]) == ("hub", f"merges/{MERGE}", COMMIT, "e" * 64)
+
+
+@pytest.mark.parametrize("texts", [{"report.json": b"{", "recipe.json": b"[]"}, {"report.json": b'{"warnings": 7, "rank": {}}'},
+                                   {"recipe.json": b'{"experts": [7], "parameters": []}'}])  # fmt: skip
+def test_texts_of_a_hub_that_are_not_what_they_should_be_are_left_out(
+    moerge, server, merged, remote, tmp_path, *, texts
+):
+    files = merged | texts
+    server.routes[f"/api/v1/merges/{MERGE}"] = [as_json(record("ready", of_job="done", files=files))]
+    for path, data in texts.items():
+        server.routes[f"/merges/{MERGE}/resolve/{COMMIT}/{path}"] = stored(data, "tag")
+    done = moerge("merge", remote, "--out", tmp_path / "out", "--endpoint", server.url)
+    assert (done.status, f"merges/{MERGE}" in done.out) == (0, True)
+    assert content(tmp_path / "out").items() >= files.items()
 
 
 def test_damage_on_the_way_is_3_and_leaves_the_folder_as_it_was(moerge, server, merged, remote, tmp_path):
