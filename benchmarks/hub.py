@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="moerge-bench-") as folder, _hub(Path(folder) / "home") as hub:
+    with tempfile.TemporaryDirectory(prefix="moerge-bench-") as folder, running(Path(folder) / "home") as hub:
         headers = {"Authorization": f"Bearer {hub['api_key']}"}
         with httpx.Client(base_url=hub["url"], headers=headers, timeout=120, trust_env=False) as client:
             say = lambda text: print(text, file=sys.stderr)  # noqa: E731
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _hub(home: Path) -> Iterator[dict[str, Any]]:
+def running(home: Path) -> Iterator[dict[str, Any]]:
     command = [str(ROOT / "bin" / "run"), "--home", str(home)]
     started = time.monotonic()
     done = subprocess.run([*command, "--detach", "--port", "0"], capture_output=True, text=True, check=False)
@@ -87,7 +87,7 @@ def _transfers(client: httpx.Client, owner: str, folder: Path, scratch: Path) ->
     megabytes = len(weights) / 1e6
     bare = megabytes / _seconds(lambda: _write_and_hash(weights, scratch / "copy"))
     loopback = megabytes / _seconds(lambda: _through_socket(weights))
-    sent = megabytes / _seconds(lambda: _upload(client, f"{owner}/bench", folder))
+    sent = megabytes / _seconds(lambda: upload(client, f"{owner}/bench", folder))
     yield _row("upload, checks and commit included", sent, "MB/s", ("write + sha256 of the same bytes", bare))
     got: list[int] = []
     address = f"/{owner}/bench/resolve/main/adapter_model.safetensors"
@@ -97,7 +97,7 @@ def _transfers(client: httpx.Client, owner: str, folder: Path, scratch: Path) ->
     yield _row("download", taken, "MB/s", ("the same bytes through a bare socket", loopback))
 
 
-def _upload(client: httpx.Client, expert: str, folder: Path) -> None:
+def upload(client: httpx.Client, expert: str, folder: Path) -> None:
     paths = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     claims = [
         {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in paths.items()
@@ -114,7 +114,7 @@ def _upload(client: httpx.Client, expert: str, folder: Path) -> None:
 
 def _small(client: httpx.Client, owner: str, *, count: int) -> list[dict[str, Any]]:
     """Medians of small requests on one kept-alive connection, beside one that asks nothing of the database."""
-    idle = _median_ms(lambda: client.get("/healthz"), count)
+    idle = median_ms(lambda: client.get("/healthz"), count)
     asked = iter(range(10**9))
     question = lambda: client.post("/api/v1/route", json={"text": f"is my flight {next(asked)} on time"})  # noqa: E731
     kinds: list[tuple[str, Callable[[], httpx.Response]]] = [
@@ -123,10 +123,10 @@ def _small(client: httpx.Client, owner: str, *, count: int) -> list[dict[str, An
         ("HEAD of a file", lambda: client.head(f"/{owner}/bench/resolve/main/adapter_config.json")),
         ("route a new question, encoding included", question),
     ]
-    return [_row(name, _median_ms(call, count), "ms", ("/healthz", idle)) for name, call in kinds]
+    return [_row(name, median_ms(call, count), "ms", ("/healthz", idle)) for name, call in kinds]
 
 
-def _median_ms(call: Callable[[], httpx.Response], count: int) -> float:
+def median_ms(call: Callable[[], httpx.Response], count: int) -> float:
     call().raise_for_status()
     return 1000 * statistics.median(_seconds(lambda: call().raise_for_status()) for _ in range(count))
 

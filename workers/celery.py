@@ -10,6 +10,8 @@ from kombu import Queue
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
+NICENESS = 5
+
 app = Celery("moerge")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.conf.update(
@@ -46,6 +48,8 @@ app.conf.update(
 def warm(**_: object) -> None:
     """Load in each child of a pool what every merge is checked by: that takes ten seconds, and readers may wait.
 
-    In a thread, so that jobs which need none of it begin at once. The parent, which forks, never loads it.
+    In a thread, so that jobs which need none of it begin at once. The parent, which forks, never loads it. What is
+    computed yields to what is answered where both share the processors.
     """
+    os.nice(NICENESS)
     threading.Thread(target=importlib.import_module, args=("peft",), daemon=True, name="warm").start()

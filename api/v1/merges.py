@@ -69,7 +69,9 @@ class MergeCheck(View):
         responses={200: schemas.MergeCheckRecord, **schemas.problems(400, 404, 409, 415, 422)},
     )
     def post(self, request: Request) -> Response:
-        return Response(recipes.check(viewer=viewer_of(request), body=body_of(request)))
+        body = body_of(request)
+        body.pop("start", None)  # the body of a merge is taken as it is
+        return Response(recipes.check(viewer=viewer_of(request), body=body))
 
 
 class OneMerge(View):

@@ -159,7 +159,12 @@ def _ask(revision: Revision, choice: Choice | None, job: Job | None, *, user: Us
         parameters = {**replace(choice, density=density).as_dict(), EXTRA: True}
     with transaction.atomic():
         return jobs.enqueue(
-            JobKind.COMPRESS, revision=revision, key=_key(revision, choice), parameters=parameters, user=user
+            JobKind.COMPRESS,
+            revision=revision,
+            key=_key(revision, choice),
+            parameters=parameters,
+            user=user,
+            priority=jobs.WAITED_FOR,
         )
 
 

@@ -78,7 +78,14 @@ def ask(found: Reconstruction, *, user: User | None) -> Job:
         encodings.check_queue(user)
         parameters = {FORM: found.form, COMMIT: found.commit}
         with transaction.atomic():
-            return jobs.enqueue(JobKind.RECONSTRUCT, revision=found.source, key=key, parameters=parameters, user=user)
+            return jobs.enqueue(
+                JobKind.RECONSTRUCT,
+                revision=found.source,
+                key=key,
+                parameters=parameters,
+                user=user,
+                priority=jobs.WAITED_FOR,
+            )
     if job.state in {Job.State.DONE, Job.State.CANCELLED} and made_of(found.source, found.form) is None:
         encodings.check_queue(user)
         jobs.repeat(job)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 from celery import current_app
-from django.db import connection
+from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from kombu import Queue
@@ -311,6 +311,17 @@ def test_a_touch_sends_a_job_that_was_only_asked_for_once_more_and_once_only(ann
     assert (merge.jobs.get().attempt, merge.jobs.get().state) == (1, "done")
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_merge_that_starts_again_is_sent_when_its_transaction_commits_and_not_before(merge, queue) -> None:
+    jobs.cancel(merges.touch(merge))
+    merge.refresh_from_db()
+    before = queue("heavy")
+    with transaction.atomic():
+        merges.touch(merge)
+        assert queue("heavy") == before
+    assert queue("heavy") == before + 1
+
+
 # The first result decides
 
 
@@ -506,6 +517,18 @@ def test_a_merge_that_takes_too_long_is_stopped_with_the_limit_and_the_remedy(me
 
 
 @pytest.mark.django_db(transaction=True)
+def test_a_job_that_does_not_stop_at_its_limit_is_closed_over_its_head(merge, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "STOP_SECONDS", 0)
+    lease = jobs.claim(merges.touch(merge).pk)
+    beat = threading.Thread(target=runner._beat, args=(runner.Work(lease, limit_seconds=0), threading.Event()))
+    beat.start()
+    beat.join(10)
+    assert merge.jobs.get().error["code"] == "time-exceeded"
+    merge.refresh_from_db()
+    assert merge.state == Merge.State.FAILED
+
+
+@pytest.mark.django_db(transaction=True)
 def test_a_job_hears_within_a_second_that_it_is_to_stop_though_it_says_nothing(merge) -> None:
     lease = jobs.claim(merges.touch(merge).pk)
     work, over = runner.Work(lease), threading.Event()
@@ -582,8 +605,9 @@ def test_a_hidden_parent_hides_the_merge_at_every_door_at_once(merge, pair, ann,
     caller = hf.Caller() if how == "private" else ann[1]
     absent = Merge(id="0" * len(merge.pk), commit="0" * 39 + "1")
     for door in READ_DOORS:
-        assert seen_by(caller, merge, door) == seen_by(caller, absent, door), door
-        assert seen_by(caller, merge, door)[0] == 404, door
+        hidden = seen_by(caller, merge, door)
+        assert hidden == seen_by(caller, absent, door), door
+        assert hidden[0] == 404, door
     for path in ("/api/v1/merges", "/api/v1/experts/ann/first", "/ann/first"):
         assert merge.pk not in caller.get(path).body.decode()
     for job in merge.jobs.all():
