@@ -1,5 +1,7 @@
 """Tiny base models made in memory, and real adapters on them, made and saved by stock PEFT. Needs torch."""
 
+import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,11 @@ VOCABULARY = 40
 
 def bert(seed: int = 0) -> BertModel:
     """Two layers, 16 wide; the same seed gives the same weights."""
+    return copy.deepcopy(_bert(seed))
+
+
+@functools.cache
+def _bert(seed: int) -> BertModel:
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -64,6 +71,8 @@ def trained(base: torch.nn.Module, config: PeftConfig, seed: int = 1) -> PeftMod
 def saved(folder: Path, config: PeftConfig, *, base: Callable[[], torch.nn.Module] = bert, seed: int = 1) -> PeftModel:
     """Train, save to `folder` as PEFT does, and return the model."""
     model = trained(base(), config, seed)
+    # The card takes longer than all the rest.
+    model.create_or_update_model_card = lambda _: None
     model.save_pretrained(folder, save_embedding_layers=False)
     return model
 

@@ -162,19 +162,44 @@ class SafetensorsFile:
         count = max(0, min(count, info.size - start))
         return _as_float32(self._read(self.header.data_start + info.start + start * item, count * item), info.dtype)
 
+    def block_into(self, name: str, start: int, out: Float32) -> None:
+        """Fill `out`, contiguous and one-dimensional, with values of the flattened tensor from `start` on."""
+        info = self.header.tensors[name]
+        if not 0 <= start <= start + out.size <= info.size:
+            raise IndexError(f"{name} has {info.size} values, and {start} to {start + out.size} were asked for")
+        stored = np.empty(out.size, NUMPY[info.dtype])
+        self._fill(stored, self.header.data_start + info.start + start * stored.itemsize)
+        if info.dtype == "BF16":
+            bits = out.view(np.uint32)
+            bits[:] = stored
+            bits <<= np.uint32(16)
+        else:
+            out[:] = stored
+
     def read_data(self, start: int, count: int) -> bytes:
         """`count` bytes from byte `start` of the tensor data, as offsets in the header count."""
         return self._read(self.header.data_start + start, count)
+
+    def _fill(self, values: Array, offset: int) -> None:
+        view = memoryview(values).cast("B") if values.size else memoryview(b"")
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if not count:
+                raise self._shortened(offset, len(view))
+            view, offset = view[count:], offset + count
+
+    def _shortened(self, offset: int, count: int) -> HeaderInvalid:
+        return HeaderInvalid(
+            f"{self.path.name} became shorter while it was read.", pointer=self.path.name, rule="T1",
+            met=f"the end at byte {offset}", wanted=f"{count} more bytes", remedy="Upload the file again.",
+        )  # fmt: skip
 
     def _read(self, offset: int, count: int) -> bytes:
         parts = []
         while count > 0:
             part = os.pread(self._descriptor, count, offset)
             if not part:
-                raise HeaderInvalid(
-                    f"{self.path.name} became shorter while it was read.", pointer=self.path.name, rule="T1",
-                    met=f"the end at byte {offset}", wanted=f"{count} more bytes", remedy="Upload the file again.",
-                )  # fmt: skip
+                raise self._shortened(offset, count)
             parts.append(part)
             offset += len(part)
             count -= len(part)

@@ -16,6 +16,10 @@ _EMBEDDINGS = frozenset(
 )  # fmt: skip
 _SAVE_AGAIN = "Save config and weights together with PeftModel.save_pretrained and upload both."
 
+# Where PEFT saves all biases it finds those of saved modules twice more: as the base had them, and by the names they
+# have in memory.
+_COPIES = (".original_module.", ".modules_to_save.")
+
 
 @dataclass(frozen=True)
 class Places:
@@ -50,6 +54,8 @@ def sort(kind: Kind, config: AdapterConfig, targets: Targets, header: Header) ->
             places.loose.append(name)
         elif not name.startswith(PREFIX):
             raise _homeless(kind, name, f"a name that starts with {PREFIX}")
+        elif any(part in path for part in _COPIES) and targets.is_saved(path):
+            places.loose.append(name)
         elif targets.is_saved(path) or _embedding(path) or (has_tokens and ".trainable_tokens_" in name):
             places.saved.append(name)
         elif (config.bias == "all" or config.bias.endswith("_only")) and path.endswith(".bias"):
