@@ -363,6 +363,33 @@ def test_what_depends_on_the_base_takes_its_weights_from_a_folder(moerge, recipe
     assert again["model.safetensors"] == content(tmp_path / "out")["model.safetensors"]
 
 
+def test_ia3_alone_becomes_ia3(moerge, recipe, base, tmp_path):
+    """An IA3 vector multiplies what a module gives, so what is weighed is its distance from one."""
+    name = f"base_model.model.{tiny.QUERY}.ia3_l"
+    vectors = {}
+    for seed, folder in enumerate(("first", "second")):
+        vectors[folder] = np.random.default_rng(seed).random((384, 1)).astype(np.float32) + 0.5
+        fields = {"peft_type": "IA3", "base_model_name_or_path": tiny.BASE, "target_modules": ["query"],
+                  "feedforward_modules": []}  # fmt: skip
+        tiny.write(
+            {WEIGHTS: tiny.dump({name: vectors[folder]}), CONFIG: json.dumps(fields).encode()}, tmp_path / folder
+        )
+    write(recipe, experts=[{"expert": "./first", "weight": 0.5}, {"expert": "./second", "weight": 0.25}])
+    done = moerge("merge", recipe, "--out", tmp_path / "out", "--json")
+    assert done.status == 0, done.err
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["peft_type"] == "IA3"
+    wanted = 1 + 0.5 * (vectors["first"] - 1) + 0.25 * (vectors["second"] - 1)
+    found = load_file(tmp_path / "out" / WEIGHTS)[name]
+    np.testing.assert_allclose(found.ravel(), wanted.ravel(), atol=1e-6)
+    # As a delta of the base's weights it needs them.
+    write(recipe, experts=[{"expert": "./first", "weight": 0.5}], output={"kind": "delta"})
+    assert moerge("merge", recipe, "--out", tmp_path / "delta").status == 1
+    assert moerge("merge", recipe, "--out", tmp_path / "delta", "--base", base).status == 0
+    rows = load_file(base / "model.safetensors")[f"{tiny.QUERY}.weight"]
+    found = load_file(tmp_path / "delta" / "delta.safetensors")[f"{tiny.QUERY}.weight"]
+    np.testing.assert_allclose(found, 0.5 * (vectors["first"] - 1) * rows, atol=1e-5)
+
+
 def test_a_base_that_the_result_does_not_depend_on_changes_nothing(moerge, recipe, base, tmp_path):
     moerge("merge", recipe, "--out", tmp_path / "without")
     assert moerge("merge", recipe, "--out", tmp_path / "with", "--base", base).status == 0
@@ -392,6 +419,39 @@ def test_full_checkpoints_are_merged_into_one(moerge, recipe, base, tmp_path):
     tea = write(recipe, base_model="./base", experts=[*experts, {"expert": "./tea", "weight": 1}])
     done = moerge("merge", tea, "--out", tmp_path / "none")
     assert (done.status, f"./one is no adapter: there is no {CONFIG}" in done.err) == (1, True)
+
+
+YAML = """
+method: linear     # as in recipe.json
+experts:
+  - {expert: ./tea, weight: 0.75}
+  - expert: ./cup
+    weight: -0.5
+"""
+MERGEKIT = """
+merge_method: task_arithmetic
+base_model: ./base
+models:
+  - model: ./base+./tea
+    parameters: {weight: 0.75}
+  - model: ./base+./cup
+    parameters: {weight: -0.5}
+"""
+
+
+def test_recipes_are_yaml_too_ours_or_mergekits(moerge, recipe, experts, base, tmp_path):
+    moerge("merge", recipe, "--out", tmp_path / "json")
+    for number, (name, text) in enumerate((("a.yaml", YAML), ("a.yml", YAML), ("a", YAML), ("kit.yaml", MERGEKIT))):
+        (tmp_path / name).write_text(text)
+        done = moerge("merge", tmp_path / name, "--out", tmp_path / str(number))
+        assert done.status == 0, done.err
+        assert (tmp_path / str(number) / WEIGHTS).read_bytes() == (tmp_path / "json" / WEIGHTS).read_bytes()
+    (tmp_path / "wrong.yaml").write_text(YAML.replace("weight: -0.5", "weight: -0.5\n    weight: 1"))
+    done = moerge("merge", tmp_path / "wrong.yaml", "--out", tmp_path / "none")
+    assert (done.status, "Line 7" in done.err) == (1, True)
+    (tmp_path / "soup.yaml").write_text(MERGEKIT.replace("task_arithmetic", "model_stock"))
+    done = moerge("merge", tmp_path / "soup.yaml", "--out", tmp_path / "none")
+    assert (done.status, "model_stock" in done.err) == (1, True)
 
 
 def test_a_check_tells_what_a_merge_would_give_and_writes_nothing(moerge, recipe, experts, tmp_path):
