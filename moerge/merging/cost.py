@@ -22,7 +22,9 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOPS_PER_SECOND = 4e10
 _VALUES_PER_SECOND = 2e8
 _BYTES_PER_SECOND = 4e8
-_BLOCK_VALUES = 1 << 17
+# Values of one block over all experts, as the engine cuts them, and bytes that a method takes for each.
+_BLOCK_TOTAL, _BLOCK_SMALLEST = 1 << 19, 1 << 16
+_BYTES_OF_BLOCK = {"pcb": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,23 +154,30 @@ def _memory(
     largest = max((rows * columns for rows, columns in shapes.values()), default=0)
     widest = max((rows + columns for rows, columns in shapes.values()), default=0)
     every = sum(rows + columns for rows, columns in shapes.values())
-    total = max(total_ranks(experts).values(), default=0)
+    ranks = total_ranks(experts)
+    total = max(ranks.values(), default=0)
     needed = FIXED_BYTES + _saved_bytes(kept, count=len(experts))
     if "gram_in" in spec.needs:
         # The weighted sum of square matrices, its factor, and one of them as it is read.
         needed += 4 * 8 * max((columns * columns for _, columns in shapes.values()), default=0)
+    if spec.name == "knots":
+        # The coordinates of all experts side by side.
+        needed += 24 * len(experts) * total * widest
     if is_dense:
-        # The merged delta, per expert a few copies of one block, and what comes as a matrix as it is read.
+        # The merged delta, a few copies of one block of every expert, and what comes as a matrix as it is read.
         matrices = sum(1 for expert in experts if not is_low_rank([expert]))
-        needed += 8 * largest + 24 * len(experts) * _BLOCK_VALUES + 12 * matrices * largest
+        block = max(_BLOCK_TOTAL, len(experts) * _BLOCK_SMALLEST)
+        needed += 8 * largest + _BYTES_OF_BLOCK.get(spec.name, 24) * block + 12 * matrices * largest
         needed += 32 * widest * rank if rank is not None else 0
     else:
         held = every if spec.form == "ordered" else widest
-        needed += 48 * total * held
+        needed += 64 * total * held
     if rank is not None:
-        return needed + 4 * rank * every
+        # Where a module has less than the rank of the file, what it has and what is written of it.
+        less = sum(4 * ranks[name] * sum(shape) for name, shape in shapes.items() if ranks[name] < rank)
+        return needed + 4 * rank * every + less
     # The delta as it is written; beside the base's tensor; with the positions of what is kept of it.
-    return needed + {"full": 16, "ternary": 24}.get(output.kind, 8) * largest
+    return needed + {"full": 24, "ternary": 24}.get(output.kind, 14) * largest
 
 
 def _saved_bytes(kept: Mapping[str, tuple[int, ...]], *, count: int) -> int:
