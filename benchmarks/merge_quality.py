@@ -17,8 +17,9 @@ NAME = "merge-quality"
 SUMMARY = "Accuracy of merges of the demo experts, by merge method and scale"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCALES = (0.15, 0.3, 0.6, 1.0)
-# These need what demo experts do not have: statistics, a search, exactly two experts, or a map of their layers.
+# These need what demo experts do not have: a search, exactly two experts, a map of their layers, or equal ranks.
 LEFT_OUT = {"slerp", "nuslerp", "layer_swapping", "lorahub"}
+NEED_EQUAL_RANKS = "peft_"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,11 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def chosen(names: str | None) -> list[Spec]:
     """The methods to measure. Raises ValueError for a name that is none."""
     catalogue = merging.catalogue()
-    fitting = {name: spec for name, spec in catalogue.items() if not spec.needs and name not in LEFT_OUT}
+    fitting = {
+        name: spec
+        for name, spec in catalogue.items()
+        if not spec.needs and name not in LEFT_OUT and not name.startswith(NEED_EQUAL_RANKS)
+    }
     wanted = names.split(",") if names else list(fitting)
     if unknown := sorted(set(wanted) - fitting.keys()):
         raise ValueError(f"{', '.join(unknown)}: wanted of {', '.join(fitting)}")

@@ -312,7 +312,7 @@ def test_methods_that_need_more_than_adapters_are_not_measured():
 
     names = {spec.name for spec in merge_quality.chosen(None)}
     assert {"linear", "ties", "knots", "opcm"} <= names
-    assert not {"fisher", "regmean", "slerp", "lm_cocktail"} & names
+    assert not {"fisher", "regmean", "slerp", "lm_cocktail", "peft_ties"} & names
     with pytest.raises(ValueError, match="fisher"):
         merge_quality.chosen("linear,fisher")
 
