@@ -36,6 +36,7 @@ Array = npt.NDArray[Any]
 SPHERICAL = ("slerp", "nuslerp", "multislerp", "karcher")
 _WHOLE = (*SPHERICAL, "layer_swapping")
 _WITHOUT_BASE = ("linear", *SPHERICAL)
+_SUMS = ("linear", "task_arithmetic")
 # Ranked over a whole expert whatever its parameters are.
 _ACROSS = ("pcb",)
 _FLOATS = frozenset(DTYPES.values())
@@ -411,7 +412,8 @@ class _BaseTensor:
 
     def read(self, start: int, stop: int) -> Float32:
         if getattr(self._last, "span", None) != (start, stop):
-            values = self._file.block(self._own, start, stop - start)
+            values = np.empty(stop - start, np.float32)
+            self._file.block_into(self._own, start, values)
             _check_finite(values, self._label, self._name)
             self._last.span, self._last.values = (start, stop), values
         found: Float32 = self._last.values
@@ -425,20 +427,20 @@ class _StoredTensor(Stored):
     model: _Model
     name: str
     base: _BaseTensor | None
+    is_checked: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.model.shape(self.name)
 
     def read(self, start: int, stop: int, *, out: Array) -> Array:
-        """Values start .. stop in float32. Raises ExpertsIncompatible where one is not finite."""
+        """Values start .. stop in float32. Raises ExpertsIncompatible where one is not finite, if that is checked."""
         file, own = self.model.file(self.name)
-        values = file.block(own, start, stop - start)
-        if self.base is None:
-            out[:] = values
-        else:
-            np.subtract(values, self.base.read(start, stop), out=out)
-        _check_finite(out, self.model.label, self.name)
+        file.block_into(own, start, out)
+        if self.base is not None:
+            out -= self.base.read(start, stop)
+        if self.is_checked:
+            _check_finite(out, self.model.label, self.name)
         return out
 
 
@@ -509,6 +511,7 @@ class _Work:
             part = delta[start : start + _WRITTEN_VALUES]
             summed = rounded_sum(None if base is None else base.read(start, start + part.size), part, dtype)
             if summed is None:
+                self._check_experts(name, start, start + part.size)
                 raise ExpertsIncompatible(
                     f"The merge of {name} by {self.recipe.method} is not finite in {dtype}.",
                     pointer="/output/dtype" if np.isfinite(part).all() else "/experts",
@@ -518,15 +521,22 @@ class _Work:
                 )
             yield summed.tobytes()
 
+    def _check_experts(self, name: str, start: int, stop: int) -> None:
+        """Raise ExpertsIncompatible, naming the expert, where one is not finite in this stretch."""
+        for model in self.plan.experts:
+            _StoredTensor(model, name, None).read(start, stop, out=np.empty(stop - start, np.float32))
+
     def _engine(self, names: Sequence[str], progress: Callable[[float], None]) -> Iterator[tuple[str, Any]]:
         plan = self.plan
         bases = {name: None if plan.base is None else _BaseTensor(plan.base, name) for name in names}
         shapes = {name: plan.shape(name) for name in names}
+        # A sum shows by itself that a value was not finite; it is enough to look for whose then.
+        is_checked = self.recipe.method not in _SUMS
         sources = [
             Source(
                 expert.digest,
                 expert.weight,
-                {name: _StoredTensor(model, name, bases[name]) for name in names},
+                {name: _StoredTensor(model, name, bases[name], is_checked) for name in names},
                 label=expert.expert,
                 shapes=shapes,
             )

@@ -46,8 +46,10 @@ def total(values: Array) -> Array:
 def weighted_total(values: Array, weights: Array) -> Array:
     """Sum of weight times values over experts, (experts, values), (experts,) -> (values,)."""
     result: Array = values[0] * values.dtype.type(weights[0])
+    product = np.empty_like(result)
     for row, weight in zip(values[1:], weights[1:], strict=True):
-        result += row * values.dtype.type(weight)
+        np.multiply(row, values.dtype.type(weight), out=product)
+        result += product
     return result
 
 

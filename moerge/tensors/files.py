@@ -181,7 +181,7 @@ class SafetensorsFile:
         return self._read(self.header.data_start + start, count)
 
     def _fill(self, values: Array, offset: int) -> None:
-        view = memoryview(values).cast("B") if values.size else memoryview(b"")
+        view = memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
             count = os.preadv(self._descriptor, [view], offset)
             if not count:

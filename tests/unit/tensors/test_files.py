@@ -1,6 +1,7 @@
 """Files are read tensor by tensor and written so that the same tensors give the same bytes."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_a_lazy_tensor_is_made_when_it_is_written_and_must_keep_its_word(tmp_pat
     assert safetensors.numpy.load_file(tmp_path / "x")["a"].tolist() == [[3, 3], [3, 3]]
     with pytest.raises(ValueError, match="announced"):
         files.write(tmp_path / "y", {"a": files.Lazy("F32", (4,), make)})
+
+
+def test_a_stretch_of_a_tensor_fills_an_array_of_the_callers(tmp_path, arrays):
+    path = tmp_path / "x.safetensors"
+    files.write(path, arrays)
+    with files.open_file(path) as file:
+        for name, tensor in load_file(path).items():
+            wanted = tensor.float().numpy().ravel()
+            for start in range(wanted.size):
+                out = np.full(wanted.size - start, 9, np.float32)
+                file.block_into(name, start, out)
+                np.testing.assert_array_equal(out, wanted[start:])
+        with pytest.raises(IndexError, match=r"c\.double has 7 values"):
+            file.block_into("c.double", 5, np.empty(3, np.float32))
+        os.truncate(path, path.stat().st_size - 20)
+        with pytest.raises(HeaderInvalid, match="became shorter"):
+            file.block_into(max(file.names, key=lambda name: file.info(name).start), 0, np.empty(1, np.float32))
 
 
 def test_blocks_of_a_tensor_are_its_flat_values_whatever_their_size(tmp_path, arrays):
