@@ -312,7 +312,7 @@ def _check_families(recipe: Recipe, found: Sequence[Adapter]) -> None:
                 wanted="an expert whose delta is known from its files, or the base's weights",
                 remedy="Ask for output.kind ia3, which needs no weights of the base." if every else ADD_BASE,
             )
-        if not is_ia3 and recipe.spec.rank_rule == "all" and _is_dense(adapter):
+        if recipe.output.kind == "lora" and recipe.spec.rank_rule == "all" and _is_dense(adapter):
             raise ExpertsIncompatible(
                 f"{recipe.method} keeps the factors of every expert, and {expert.expert} is {_variant(adapter)}, whose"
                 " delta has none.",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from moerge import merging
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import recipe, run
 from moerge.merging.report import MOST_MODULES_TOLD
@@ -527,3 +528,16 @@ def test_a_recipe_of_any_output_survives_a_trip_through_json(pair):
     ):
         parsed = disk.parse(pair, [1, 1], output=output)
         assert recipe.parse(json.loads(json.dumps(parsed.to_dict()))).digest == parsed.digest
+
+
+@pytest.mark.parametrize("method", [name for name, spec in merging.catalogue().items() if not spec.needs])
+def test_every_method_merges_gains(tmp_path, method):
+    rng = np.random.default_rng(2)
+    experts = [write_ia3(tmp_path / name, {Q: rng.normal(1, 0.3, 24), V: rng.normal(1, 0.3, 12)}) for name in "ab"]
+    merge(tmp_path / "out", experts, [0.7, 0.3], method, output={"kind": "ia3"})
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for module, length in ((Q, 24), (V, 12)):
+        gain = found[f"base_model.model.{module}.ia3_l"]
+        assert gain.shape == (length, 1)
+        assert np.isfinite(gain).all()
+        assert np.abs(gain - 1).max() > 1e-3
