@@ -59,13 +59,18 @@ class Total:
         if self.dense is not None:
             return np.asarray(_solve_factored(_factored(self.dense, name=name), rows.T).T)
         inner = np.eye(len(self.vectors))
+        roots = np.sqrt(self.diagonal)
         for start in range(0, self.diagonal.size, _COLUMNS):
             part = self.vectors[:, start : start + _COLUMNS]
-            inner += (part / self.diagonal[start : start + _COLUMNS].astype(part.dtype)) @ part.T
+            part = part / roots[start : start + _COLUMNS].astype(part.dtype)
+            # A matrix times its own transpose takes half the work.
+            inner += part @ part.T
+        _factor(inner)
         scaled = rows / self.diagonal
         few: Float64 = (self.vectors @ scaled.T.astype(self.vectors.dtype, copy=False)).astype(np.float64)
-        found = _solve_factored(np.asarray(np.linalg.cholesky(inner)), few).T.astype(self.vectors.dtype, copy=False)
-        return np.asarray(scaled - (found @ self.vectors) / self.diagonal)
+        found = _solve_factored(inner, few).T.astype(self.vectors.dtype, copy=False)
+        scaled -= (found @ self.vectors) / self.diagonal
+        return np.asarray(scaled)
 
 
 def times(rows: Float64, gram: Any, *, shrink: float) -> Float64:
@@ -93,9 +98,11 @@ def total(grams: Sequence[Any], weights: Sequence[float] | Float64, *, shrink: f
                 for gram, weight in zip(few, weights, strict=True)
             ]
             dtype = np.result_type(np.float32, *(gram.vectors.dtype for gram in few))
-            vectors = np.concatenate(
-                [gram.vectors * root[:, None].astype(dtype) for gram, root in zip(few, roots, strict=True)]
-            )
+            vectors = np.empty((sum(root.size for root in roots), size), dtype=dtype)
+            start = 0
+            for gram, root in zip(few, roots, strict=True):
+                np.multiply(gram.vectors, root[:, None].astype(dtype), out=vectors[start : start + root.size])
+                start += root.size
             return Total(diagonal, vectors, None)
     dense = np.zeros((size, size))
     for gram, weight in zip(grams, weights, strict=True):
@@ -129,6 +136,17 @@ def not_positive(name: str) -> ExpertsIncompatible:
         wanted="a positive definite sum",
         remedy="Use weights above zero, or gather the Gram matrices on more examples.",
     )
+
+
+def _factor(matrix: Float64) -> None:
+    """Put the Cholesky factor of a positive definite matrix into its lower triangle, panel by panel in place."""
+    for start in range(0, len(matrix), _PANEL):
+        stop = start + _PANEL
+        L = matrix[start:stop, start:stop] = np.linalg.cholesky(matrix[start:stop, start:stop])
+        below = matrix[stop:, start:stop] = np.linalg.solve(L, matrix[stop:, start:stop].T).T
+        for row in range(0, len(below), _PANEL):
+            last = row + _PANEL
+            matrix[stop + row : stop + last, stop : stop + last] -= below[row:last] @ below[:last].T
 
 
 def _solve_factored(L: Float64, columns: Float64) -> Float64:

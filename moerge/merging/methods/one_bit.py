@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moerge.merging import exclusive
+from moerge.merging import exclusive, parts
 from moerge.merging.base import Parameters, Spec, choice, scale
 from moerge.merging.exclusive import Kept, Signs, Split
 from moerge.merging.sources import Block, Delta, Stream, delta_dtype
@@ -46,12 +46,10 @@ _WORDS = {
 
 def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
     """Yield the shared part, as factors where it stands alone, with the sign codes added by weight."""
-    residual = exclusive.residuals(stream, scale=parameters.scale)
-    whole = exclusive.with_shared(residual, stream, scale=parameters.scale)
     for name in stream.names:
         if _is_coded(name, parameters):
-            scales = [_scale(residual, name, expert) for expert in range(len(residual.sources))]
-            yield name, whole.map_blocks(name, partial(_coded, scales=scales))
+            scales = _scales(stream, name, scale=parameters.scale)
+            yield name, stream.map_blocks(name, partial(_coded, scales=scales, scale=parameters.scale))
         else:
             yield name, exclusive.shared(stream, name, scale=parameters.scale)
 
@@ -74,14 +72,35 @@ def split(stream: Stream, parameters: Parameters) -> Split:
     return Split(stream.names, lambda name: exclusive.shared(stream, name, scale=parameters.scale), one)
 
 
-def _coded(block: Block, scales: list[float]) -> Array:
-    """shared + sum_t w_t scale_t sign_t, (experts + 1, values) -> (values,)."""
-    merged: Array = block.values[-1].copy()
-    for values, weight, size in zip(block.values, block.weights[:-1], scales, strict=False):
+def _coded(block: Block, scales: list[float], scale: float) -> Array:
+    """shared + sum_t w_t scale_t sign_t, (experts, values) -> (values,)."""
+    shared, dtype = _shared(block, scale), block.values.dtype.type
+    merged = shared.copy()
+    for values, weight, size in zip(block.values, block.weights, scales, strict=True):
+        signs = values - shared
         # Adding zero makes a zero below zero one above it.
-        signs = np.copysign(merged.dtype.type(size), values + values.dtype.type(0))
-        merged += signs * merged.dtype.type(weight)
+        signs += dtype(0)
+        np.copysign(dtype(size), signs, out=signs)
+        signs *= dtype(weight)
+        merged += signs
     return merged
+
+
+def _shared(block: Block, scale: float) -> Array:
+    """scale * sum_t D_t, (experts, values) -> (values,)."""
+    return parts.total(block.values) * block.values.dtype.type(scale)
+
+
+def _scales(stream: Stream, name: str, *, scale: float) -> list[float]:
+    """The mean magnitude of what the shared part leaves of each expert; fsum makes it the same for any block size."""
+
+    def sums(block: Block) -> Array:
+        shared = _shared(block, scale)
+        rows = [np.abs(values - shared).reshape(-1, block.width).sum(axis=1) for values in block.values]
+        return np.stack(rows).astype(np.float64)
+
+    found = np.concatenate([part for _, part in stream.over_blocks(name, sums)], axis=1)
+    return [math.fsum(row) / stream.size(name) for row in found.tolist()]
 
 
 def _scale(residual: Stream, name: str, expert: int) -> float:

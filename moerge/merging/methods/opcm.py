@@ -85,10 +85,12 @@ def _add(merged: Delta | None, incoming: Delta | None, *, factor: float, alpha: 
 
 def _add_factors(merged: Factors, incoming: Factors, *, factor: float, alpha: float) -> Factors:
     """The same on factors; the rank grows by that of the new expert."""
-    Q_B, R_B = np.linalg.qr(merged.B)
-    Q_A, R_A = np.linalg.qr(merged.A.T)
-    U, S, Vt = np.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    U, S, Vt = _support(Q_B @ U, S, Vt @ Q_A.T)
+    found = factors.truncate(merged, merged.rank)
+    # Balanced factors are the singular directions times the roots of their values.
+    S = np.sqrt(found.sizes[: found.factors.rank])
+    kept = factors.count_above(S, _SUPPORT * S.max(initial=0.0))
+    S = S[:kept]
+    U, Vt = found.factors.B[:, :kept] / np.sqrt(S), found.factors.A[:kept] / np.sqrt(S)[:, None]
     taken = _protected((U.T @ incoming.B) @ (incoming.A @ Vt.T), S, alpha)
     return factors.stack([Factors(U @ (factor * np.diag(S) - taken), Vt), incoming], [1.0, 1.0])
 
