@@ -5,15 +5,24 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from moerge.merging import recipe as recipes
 from moerge.merging import run as merging
 from moerge.tensors import adapters
+from moerge.tensors.bases import BaseWeights
 from registry.errors import MergeSelfCheckFailed
 from tests import tiny, tiny_peft
 from workers import selfcheck
+from workers.jobs.merge import encode
+
+# What PEFT asks of models of transformers, and what it says of its own biases as it saves them.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. . LoRA tensor.* have invalid shape"),
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = f"base_model.model.{tiny.QUERY}.lora_{{}}.weight"
@@ -40,13 +49,14 @@ def trained(folder, *configs, base):
     return parents(folder, *trees)
 
 
-def merged(folder, experts, *, method="linear", parameters=None, **output):
+def merged(folder, experts, *, method="linear", parameters=None, base=None, **output):
     """A merge of experts in `folder / out`, and what the check needs to know of it."""
     body = {
         "base_model": tiny.BASE,
         "method": method,
         "parameters": parameters or {},
         "output": output,
+        **({"base_weights": base.digest} if base else {}),
         "experts": [
             {"expert": f"ann/{n}", "revision": "main", "digest": expert.digest, "weight": 0.5 + n}
             for n, expert in enumerate(experts)
@@ -54,8 +64,9 @@ def merged(folder, experts, *, method="linear", parameters=None, **output):
     }
     recipe = recipes.parse(body)
     sample = selfcheck.Sample(recipe.digest)
-    merging.merge(recipe, {expert.digest: expert for expert in experts}, folder / "out", observe=sample)
-    return {"recipe": recipe, "sample": sample, "adapters": experts, "base_shapes": BASE_SHAPES}
+    by_digest = {expert.digest: expert for expert in experts}
+    merging.merge(recipe, by_digest, folder / "out", base=base, observe=sample)
+    return {"recipe": recipe, "sample": sample, "adapters": experts, "base": base, "base_shapes": BASE_SHAPES}
 
 
 @pytest.fixture
@@ -78,10 +89,10 @@ def test_a_sound_merge_passes_and_tells_what_loaded_it(made) -> None:
     assert found["torch"] == torch.__version__
 
 
-def change_tensors(folder, change) -> None:
-    tensors = load_file(folder / WEIGHTS)
+def change_tensors(folder, change, *, file=WEIGHTS) -> None:
+    tensors = load_file(folder / file)
     change(tensors)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def change_config(folder, **fields) -> None:
@@ -215,3 +226,89 @@ def test_a_wrong_outcome_of_nothing_is_seen(tmp_path) -> None:
     )  # fmt: skip
     with pytest.raises(MergeSelfCheckFailed):
         selfcheck.check(tmp_path / "out", **known)
+
+
+def refused(folder, known, *, pointer: str) -> None:
+    with pytest.raises(MergeSelfCheckFailed) as met:
+        selfcheck.check(folder, **known)
+    assert met.value.faults[0].pointer == pointer
+
+
+def test_gains_load_as_they_were_computed(tmp_path) -> None:
+    config = IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"])
+    known = merged(tmp_path, trained(tmp_path, config, config, base=tiny_peft.bert), kind="ia3")
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 6
+    place = next(place for place in known["sample"].taken if place.name.endswith("query"))
+    # What is written is one more than what was merged, and the sign is of that.
+    name = f"base_model.model.{place.name}.ia3_l"
+    change_tensors(tmp_path / "out", lambda tensors: tensors.update({name: 2 - tensors[name]}))
+    refused(tmp_path / "out", known, pointer=place.name)
+
+
+def test_biases_of_the_adapter_load_as_they_were_computed(tmp_path) -> None:
+    config = tiny_peft.lora(lora_bias=True)
+    known = merged(tmp_path, trained(tmp_path, config, config, base=tiny_peft.bert))
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 4
+    name = "encoder.layer.1.attention.self.value"
+    change_tensors(tmp_path / "out", scaled(f"base_model.model.{name}.lora_B.bias", -1))
+    refused(tmp_path / "out", known, pointer=f"{name} (bias)")
+
+
+def test_modules_that_an_adapter_brings_whole_must_be_there(tmp_path) -> None:
+    plain, whole = tiny_peft.lora(), tiny_peft.lora(modules_to_save=["pooler"])
+    known = merged(tmp_path, trained(tmp_path, plain, whole, base=tiny_peft.bert))
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 4
+    name = "base_model.model.pooler.dense.bias"
+    change_tensors(tmp_path / "out", lambda tensors: tensors.pop(name))
+    with pytest.raises(MergeSelfCheckFailed):
+        selfcheck.check(tmp_path / "out", **known)
+
+
+def checkpoint(folder, model) -> BaseWeights:
+    folder.mkdir()
+    tensors = {name: values.contiguous() for name, values in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return BaseWeights(folder)
+
+
+@pytest.mark.parametrize("kind", ["delta", "full"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_result_is_reopened_and_compared(kind, dtype, tmp_path) -> None:
+    config = tiny_peft.lora(target_modules=["embedding", "narrow", "wide", "line"])
+    experts = trained(tmp_path, config, config, base=tiny_peft.Layers)
+    base = checkpoint(tmp_path / "base", tiny_peft.Layers())
+    known = merged(tmp_path, experts, base=base if kind == "full" else None, kind=kind, dtype=dtype)
+    out, file = tmp_path / "out", "model.safetensors" if kind == "full" else "delta.safetensors"
+    found = selfcheck.check(out, **known)
+    assert (found["state"], found["modules"]) == ("passed", 4)
+    assert found["largest_relative_error"] < 1e-6
+    right = (out / file).read_bytes()
+    for name in ("embedding.weight", "narrow.weight", "wide.weight", "line.weight"):
+        change_tensors(out, scaled(name, -1), file=file)
+        refused(out, known, pointer=name)
+        (out / file).write_bytes(right)
+    change_tensors(out, lambda tensors: tensors.pop("line.weight"), file=file)
+    refused(out, known, pointer="line.weight")
+    (out / file).write_bytes(right)
+    change_tensors(out, lambda tensors: tensors.update(more=torch.zeros(1)), file=file)
+    refused(out, known, pointer="more")
+    (out / file).write_bytes(right)
+    change_tensors(out, lambda tensors: tensors.update({"line.weight": tensors["line.weight"].double()}), file=file)
+    refused(out, known, pointer="line.weight")
+
+
+def test_a_ternary_result_has_the_signs_that_were_computed(tmp_path) -> None:
+    experts = parents(tmp_path, tiny.lora(seed=1, modules=(tiny.QUERY, tiny.VALUE)), tiny.lora(seed=2))
+    known = merged(tmp_path, experts, kind="ternary", density=0.2)
+    out = tmp_path / "out"
+    dense = load_file(out / "delta.safetensors")
+    encode(known["recipe"], out, lambda _share: None)
+    assert selfcheck.check(out, **known)["modules"] == 2
+    name = f"{tiny.QUERY}.weight"
+    save_file(dense | {name: -dense[name]}, out / "delta.safetensors", metadata={"format": "pt"})
+    encode(known["recipe"], out, lambda _share: None)
+    refused(out, known, pointer=name)
+    dense.pop(name)
+    save_file(dense, out / "delta.safetensors", metadata={"format": "pt"})
+    encode(known["recipe"], out, lambda _share: None)
+    refused(out, known, pointer=name)
