@@ -24,6 +24,11 @@ _BESIDE = (
     "merges.txt", "*.model", "*.jinja", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 _CONFIG = "config.json"
+# What models call the embedding that a tied head shares, and that head.
+_EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
+)
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 class FullWriter:
@@ -41,12 +46,18 @@ class FullWriter:
         self._asked = DTYPES[recipe.output.dtype] if recipe.output.dtype else None
         self._left = set(base.names)
         self._check_dtypes()
+        self._check_tied()
         folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, Slots] = {}
         for file, names in self._by_file().items():
             claims = {name: (self._dtype(name), tuple(base.checkpoint.info(name).shape)) for name in names}
             metadata = base.checkpoint.file_of(names[0]).metadata or {"format": "pt"}
             self._files[file] = Slots(folder / file, claims, metadata)
+
+    @property
+    def _beside(self) -> Path:
+        """The folder that the base's files lie in."""
+        return self._base.folder if self._base.folder.is_dir() else self._base.folder.parent
 
     def put(self, place: Place, delta: Delta) -> tuple[Spectrum, int | None]:
         check_finite(self._recipe, place, delta)
@@ -109,8 +120,24 @@ class FullWriter:
                     remedy="Ask for output lora or delta, or put the unquantised base into the hub.",
                 )
 
+    def _check_tied(self) -> None:
+        """Raise ExpertsIncompatible when what changes the embedding would change a head that is tied to it too."""
+        config = self._beside / _CONFIG
+        if not config.is_file() or not json.loads(config.read_bytes()).get("tie_word_embeddings"):
+            return
+        has_head = any(name.endswith(_HEADS) for name in self._base.names)
+        for key, name in self._targets.names.items():
+            if not has_head and name.endswith(_EMBEDDINGS):
+                raise ExpertsIncompatible(
+                    f"{name} is also the head of this base, and {key} changes it as an embedding alone.",
+                    pointer="/output/kind",
+                    met=name,
+                    wanted="a base whose head is a tensor of its own",
+                    remedy="Ask for output lora, which changes the embedding alone.",
+                )
+
     def _write_index(self) -> None:
-        if len(self._files) == 1 and INDEX_FILE not in {path.name for path in self._base.folder.iterdir()}:
+        if not (self._beside / INDEX_FILE).is_file():
             return
         sizes = {name: self._bytes(name) for name in self._base.names}
         record = {

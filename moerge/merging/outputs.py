@@ -24,6 +24,7 @@ from moerge.tensors.files import Float32
 from moerge.tensors.targets import of_base
 
 DELTA_FILE, TERNARY_FILE, DELTA_RECORD = "delta.safetensors", "delta.compeft", "delta.json"
+_ROLES = ("module", "bias", "saved")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # A delta of larger norm cannot be formed in float32, in which it will be used.
 _LARGEST = float(np.finfo(np.float32).max)
@@ -47,6 +48,13 @@ class LoraWriter:
 
     def __init__(self, recipe: Recipe, brought: Brought, folder: Path, *, base: BaseWeights | None, rank: int) -> None:
         self._recipe, self._brought, self._folder, self._base, self._rank = recipe, brought, folder, base, rank
+        named = {role: [place.name for place in brought.places.values() if place.role == role] for role in _ROLES}
+        saving.check_lora(
+            named["module"],
+            biases=named["bias"],
+            saved=[*named["saved"], *brought.kept],
+            layouts=brought.layouts,
+        )
         self.modules: dict[str, Factors] = {}
         self._biases: dict[str, Float32] = {}
         self._saved: dict[str, Float32] = {}

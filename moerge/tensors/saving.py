@@ -112,6 +112,15 @@ def save_ia3(
     _write(folder, tensors, {**(extra or {}), **config})
 
 
+def check_lora(
+    modules: Collection[str], *, biases: Collection[str], saved: Collection[str], layouts: Mapping[str, Layout]
+) -> None:
+    """Raise AdapterInvalid, as `save_lora` would, when PEFT could not load such parts beside each other."""
+    _replaced(dict.fromkeys(saved, np.empty(0, np.float32)), frozenset(map(of_base, modules)))
+    for module in modules if biases else ():
+        _check_bias(module, layouts.get(module, Layout()))
+
+
 @dataclass(frozen=True)
 class _Replaced:
     """Tensors of the base that an adapter replaces, by their names in its file, and the settings that say so."""
@@ -144,9 +153,13 @@ def _lies_in(module: str, other: str) -> bool:
     return module == other or module.startswith(f"{other}.")
 
 
-def _bias(module: str, layout: Layout, biases: Mapping[str, Float32], *, rows: int) -> Float32:
+def _check_bias(module: str, layout: Layout) -> None:
     if layout.form == "embedding":
         raise _unloadable("PEFT cannot load an embedding beside modules with biases of their own", met=module)
+
+
+def _bias(module: str, layout: Layout, biases: Mapping[str, Float32], *, rows: int) -> Float32:
+    _check_bias(module, layout)
     values = _float32(biases[module]) if module in biases else np.zeros(rows, np.float32)
     if values.shape != (rows,):
         raise ValueError(f"{module}: the bias is {values.shape}, wanted ({rows},)")

@@ -129,7 +129,7 @@ def _check_families(recipe: Recipe, parents: Sequence[Parent]) -> None:
                 "ia3",
                 "Ask for output lora or delta, or leave it out.",
             )
-        if recipe.output.kind != "ia3" and recipe.spec.rank_rule == "all" and parent.is_dense:
+        if recipe.output.kind == "lora" and recipe.spec.rank_rule == "all" and parent.is_dense:
             raise incompatible(
                 f"{recipe.method} keeps the factors of every expert, and the delta of {parent.name} has none.",
                 "/method",

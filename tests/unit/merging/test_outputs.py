@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from moerge import merging
-from moerge.errors import ExpertsIncompatible, RecipeInvalid
-from moerge.merging import recipe, run
+from moerge.errors import AdapterInvalid, ExpertsIncompatible, RecipeInvalid
+from moerge.merging import cost, recipe, run
 from moerge.merging.report import MOST_MODULES_TOLD
 from moerge.tensors import header
 from tests.unit.merging import disk
@@ -150,6 +150,33 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path, kind):
     assert peak < 12 << 20
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_takes_no_more_memory_than_was_said_before(tmp_path, kind, method):
+    """Three experts, four modules and a head that each of them replaces."""
+    modules = {f"layers.{i}": (500, 600, 4) for i in range(4)}
+    rng = np.random.default_rng(1)
+    heads = [{HEAD: rng.normal(size=(800, 600))} for _ in range(3)]
+    experts = [write(tmp_path / name, modules, tensors=own, modules_to_save=["lm_head"])
+               for name, own in zip("abc", heads, strict=True)]  # fmt: skip
+    tensors = {f"{name}.weight": np.zeros((500, 600), np.float32) for name in modules}
+    with write_base(tmp_path / "base", tensors | {HEAD: np.zeros((800, 600), np.float32)}) as opened:
+        merge(tmp_path / "warm", experts, [1, 1, 1], method, output={"kind": kind}, base=opened)
+        tracemalloc.start()
+        merge(tmp_path / "out", experts, [1, 1, 1], method, output={"kind": kind}, base=opened)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        parsed = disk.parse(experts, [1, 1, 1], method, output={"kind": kind}, base=opened)
+    told = cost.estimate(
+        parsed.spec, parsed.output, [dict.fromkeys(modules, (500, 600, 4))] * 3,
+        saved=[{HEAD: (800, 600)}] * 3, base_bytes=opened.checkpoint.file_bytes,
+    )  # fmt: skip
+    assert peak < told.memory_bytes - cost.FIXED_BYTES < 8 * peak
+    if kind != "ternary":
+        written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+        assert written <= told.written_bytes < 1.2 * written
+
+
 # The base with the merge added
 
 
@@ -226,6 +253,20 @@ def test_a_base_that_does_not_fit_is_refused_by_tensor_and_expert(tmp_path, pair
     assert says in found.detail
     assert "acme/" in found.detail or "is I8" in says
     assert not (tmp_path / "out").exists()
+
+
+def test_an_embedding_that_is_the_head_too_is_not_changed_as_both(tmp_path):
+    """PEFT's delta of an embedding acts where tokens come in, not where they go out."""
+    parts = {"embed_tokens.lora_embedding_A": np.ones((2, 30)), "embed_tokens.lora_embedding_B": np.ones((8, 2))}
+    expert = write(tmp_path / "a", {"fc": (5, 8, 2)}, tensors=parts, target_modules=["embed_tokens", "fc"])
+    tensors = {"embed_tokens.weight": np.ones((30, 8), np.float32), "fc.weight": np.ones((5, 8), np.float32)}
+    with write_base(tmp_path / "tied", tensors, tie_word_embeddings=True) as opened:
+        found = refused(ExpertsIncompatible, tmp_path / "out", [expert], [1.0], output={"kind": "full"}, base=opened)
+    assert "embed_tokens.weight is also the head" in found.detail
+    with write_base(tmp_path / "own", tensors, tie_word_embeddings=False) as opened:
+        merge(tmp_path / "out", [expert], [1.0], output={"kind": "full"}, base=opened)
+    found = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
+    np.testing.assert_allclose(found, 1 + 4 * 2 * np.ones((30, 8)), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["delta", "full"])
@@ -422,6 +463,19 @@ def test_a_saved_tensor_that_is_not_finite_is_refused_by_name(tmp_path, base):
     for options in ({"base": base}, {"output": {"saved": "acme/b"}}):
         with pytest.raises(ExpertsIncompatible, match="acme/b holds NaN"):
             merge(tmp_path / "out", pair, [1, 1], **options)
+
+
+def test_parts_that_peft_could_not_hold_together_are_refused_before_anything_is_merged(tmp_path, base):
+    saves = with_head(tmp_path / "a", head(1))
+    adapts = write(tmp_path / "b", {"lm_head": (7, 16, 2)})
+    seen = []
+    with pytest.raises(AdapterInvalid, match="lm_head"):
+        merge(tmp_path / "out", [saves, adapts], [1, 1], progress=seen.append)
+    assert not seen
+    with pytest.raises(ExpertsIncompatible, match="lm_head"):
+        merge(tmp_path / "out", [saves, adapts], [1, 1], output={"kind": "full"}, base=base, progress=seen.append)
+    assert not seen
+    assert not (tmp_path / "out").exists()
 
 
 def test_biases_of_the_adapters_own_are_summed_with_their_scaling(tmp_path):
