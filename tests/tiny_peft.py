@@ -27,14 +27,24 @@ def _bert(seed: int) -> BertModel:
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
-    return BertModel(config).eval()
+    return _with_biases(BertModel(config).eval())
 
 
 def gpt2(seed: int = 0) -> GPT2Model:
     """A model of Conv1D layers, whose weights are stored (in, out)."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=HIDDEN, n_layer=2, n_head=2)
-    return GPT2Model(config).eval()
+    config = GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=HIDDEN, n_layer=2, n_head=2,
+                        initializer_range=0.1)  # fmt: skip
+    return _with_biases(GPT2Model(config).eval())
+
+
+def _with_biases(model: torch.nn.Module) -> Any:
+    """Biases that are not zero, as in a base that was trained."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.2)
+    return model
 
 
 class Layers(torch.nn.Module):
