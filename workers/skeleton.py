@@ -54,8 +54,16 @@ class Architecture:
     is_turned: bool = False  # linear layers store their weight as (d_in, d_out)
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter], base_shapes: Mapping[str, Sequence[int]]) -> "Architecture":
-        """What adapters say of their base, and the modules that the base is known to have in the same layers."""
+    def of(
+        cls,
+        adapters: Sequence[Adapter],
+        base_shapes: Mapping[str, Sequence[int]],
+        merged: Mapping[str, tuple[int, int]],
+    ) -> "Architecture":
+        """What adapters say of their base, and the modules that the base is known to have in the same layers.
+
+        `merged` are the shapes of modules that were merged, some of which only the base's weights tell.
+        """
         shapes: dict[str, tuple[int, int]] = {}
         layouts: dict[str, Layout] = {}
         saved: dict[str, tuple[int, ...]] = {}
@@ -63,15 +71,18 @@ class Architecture:
             facts = adapter.facts
             shapes |= facts.shapes
             layouts |= facts.layouts
+            layouts |= {
+                name: adapter.modules[name].layout for name in merged if name not in layouts and name in adapter.modules
+            }
             for module, length in facts.gains.items():
                 # The other side of the layer takes no part in IA3.
                 shapes.setdefault(module, (1, length) if module in facts.feedforward else (length, 1))
             saved |= {name: tuple(values.shape) for name, values in adapter.saved.items()}
-        biased = {module for adapter in adapters for module in adapter.facts.biased}
+        shapes |= merged
         return cls(
             shapes={**dict(_others(shapes, base_shapes)), **shapes},
             layouts=layouts,
-            biased=frozenset(biased),
+            biased=frozenset(module for adapter in adapters for module in adapter.facts.biased),
             saved=saved,
             is_turned=any(adapter.config.fan_in_fan_out for adapter in adapters),
         )
