@@ -117,6 +117,15 @@ def test_a_share_of_energy_decides_the_rank(ann, pair) -> None:
     assert told["energy_kept"] == merge.report["energy_kept"] >= 0.9
 
 
+def test_the_card_holds_no_figure_that_was_computed(ann, pair) -> None:
+    """So that it can be told before the merge is made, and again when its weights were removed."""
+    merge = merged(ann[0], rank=1)
+    files = result(merge)
+    assert merge.report["energy_kept"] < 0.9
+    assert "keeps" not in files["README.md"].decode()
+    assert any("Rank 1 keeps" in text for text in json.loads(files["report.json"])["warnings"])
+
+
 def test_ia3_experts_become_ia3(ann) -> None:
     gains = {}
     for number, name in enumerate(("first", "second")):
