@@ -270,7 +270,7 @@ def _ordered(method: Ordered, stream: Stream, parameters: Parameters) -> Iterato
 
 def _whole(method: Whole, stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
     for name, delta in method.merge(stream, parameters):
-        dtypes = [delta_dtype(found) for found in stream.deltas(name) if found is not None]
+        dtypes = [delta_dtype(found) for found in stream.held(name) if found is not None]
         yield name, _cast(delta, np.result_type(*dtypes))
         stream.watch.step()
 

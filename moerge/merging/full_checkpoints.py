@@ -32,7 +32,7 @@ from moerge.tensors.header import ITEM_BYTES
 
 Array = npt.NDArray[Any]
 
-# Methods that look at whole tensors, all of which stay in memory while one tensor is merged.
+# Methods on the lengths and angles of whole tensors.
 SPHERICAL = ("slerp", "nuslerp", "multislerp", "karcher")
 _WHOLE = (*SPHERICAL, "layer_swapping")
 _WITHOUT_BASE = ("linear", *SPHERICAL)
@@ -178,15 +178,14 @@ def bytes_needed(recipe: Recipe, sizes: Sequence[int]) -> int:
     """Memory a merge of tensors of these numbers of values takes beside the interpreter; an upper estimate."""
     experts, largest = len(recipe.experts), max(sizes, default=0)
     needed = _FIXED_BYTES + 24 * experts * max(1 << 16, (1 << 19) // experts)
-    if recipe.method in _ACROSS:
-        # An order statistic over all values of an expert, and the values it is taken from.
-        return needed + 24 * sum(sizes) + 8 * largest
+    if not _is_local(recipe.spec, recipe.parameters):
+        # Values near a cut are gathered, with their places, out of all values of an expert.
+        needed += 2 * sum(sizes)
     if recipe.spec.form == "core":
         return needed + (24 * experts + 40) * largest
-    if recipe.method in _WHOLE:
-        return needed + (4 * experts + 12) * largest
-    # SCE ranks variances in float64; where values are cut, those near the cut are gathered.
-    return needed + (40 if recipe.method == "sce" else 16) * largest
+    # SCE ranks variances and NuSLERP takes products of rows in float64; where values are cut, those near the cut are
+    # gathered.
+    return needed + (40 if recipe.method in {"sce", "nuslerp"} else 16) * largest
 
 
 def _check_memory(recipe: Recipe, plan: "_Plan", memory_bytes: int | None) -> None:

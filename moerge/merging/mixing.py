@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from moerge.errors import ExpertsIncompatible
 from moerge.merging import factors
-from moerge.merging.sources import Delta, Factors, delta_dtype
+from moerge.merging.sources import Delta, Factors, Held, Stored, delta_dtype
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -28,7 +28,7 @@ _PARALLEL = 1e-6
 ONE = np.ones(1)
 
 
-def products(deltas: Sequence[Delta | None]) -> Float64:
+def products(deltas: Sequence[Held | None]) -> Float64:
     """Inner products of deltas of one tensor, (experts, experts) in float64; None is a zero delta."""
     present = [position for position, delta in enumerate(deltas) if delta is not None]
     found = [delta for delta in deltas if delta is not None]
@@ -36,16 +36,16 @@ def products(deltas: Sequence[Delta | None]) -> Float64:
     if all(isinstance(delta, Factors) for delta in found):
         result[np.ix_(present, present)] = _of_factors(cast("list[Factors]", found))
         return result
-    flat = [_dense(delta).ravel() for delta in found]
+    flat = [delta if isinstance(delta, Stored) else _dense(delta).ravel() for delta in found]
     small = np.zeros((len(found), len(found)))
-    for start in range(0, flat[0].size, _STEP):
-        part = np.stack([row[start : start + _STEP].astype(np.float64) for row in flat])
+    for start, stop in _stretches(found[0].shape):
+        part = np.stack([_stretch(row, start, stop).astype(np.float64) for row in flat])
         small += part @ part.T
     result[np.ix_(present, present)] = small
     return result
 
 
-def line_products(deltas: Sequence[Delta | None], *, axis: int) -> Float64:
+def line_products(deltas: Sequence[Held | None], *, axis: int) -> Float64:
     """Inner products of each row (axis 1) or column (axis 0) of deltas of one matrix, (experts, experts, lines)."""
     lines = next(delta.shape[1 - axis] for delta in deltas if delta is not None)
     result = np.zeros((len(deltas), len(deltas), lines))
@@ -56,7 +56,7 @@ def line_products(deltas: Sequence[Delta | None], *, axis: int) -> Float64:
     return result
 
 
-def total(deltas: Sequence[Delta | None], coefficients: Array) -> Delta:
+def total(deltas: Sequence[Held | None], coefficients: Array) -> Delta:
     """Sum of coefficient times delta: factors where all deltas are factors, else dense.
 
     `coefficients` are (experts,), or (experts, rows, 1) or (experts, 1, columns) for one per line of a matrix.
@@ -70,7 +70,13 @@ def total(deltas: Sequence[Delta | None], coefficients: Array) -> Delta:
     dtype = np.result_type(*(delta_dtype(delta) for delta, _ in kept))
     result = np.zeros(kept[0][0].shape, dtype=dtype)
     for delta, value in kept:
-        result += _dense(delta) * np.asarray(value, dtype=dtype)
+        factor = np.asarray(value, dtype=dtype)
+        if isinstance(delta, Stored) and factor.ndim == 0:
+            flat = result.reshape(-1)
+            for start, stop in _stretches(delta.shape):
+                flat[start:stop] += _stretch(delta, start, stop) * factor
+        else:
+            result += _dense(delta) * factor
     return result
 
 
@@ -146,7 +152,7 @@ def _of_factors(items: Sequence[Factors]) -> Float64:
     return np.asarray((found + found.T) / 2)
 
 
-def _lines(one: Delta, other: Delta, *, axis: int) -> Float64:
+def _lines(one: Held, other: Held, *, axis: int) -> Float64:
     if isinstance(one, Factors) and isinstance(other, Factors):
         B, A = one.B.astype(np.float64), one.A.astype(np.float64)
         if axis == 1:
@@ -162,5 +168,19 @@ def _scaled(item: Factors, values: Array) -> Factors:
     return Factors(item.B * values, item.A) if values.shape[1] == 1 else Factors(item.B, item.A * values)
 
 
-def _dense(delta: Delta) -> Array:
+def _dense(delta: Held) -> Array:
+    if isinstance(delta, Stored):
+        return _stretch(delta, 0, math.prod(delta.shape)).reshape(delta.shape)
     return delta.delta() if isinstance(delta, Factors) else delta
+
+
+def _stretches(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """First and last value of each stretch of a flattened delta."""
+    size = math.prod(shape)
+    return [(start, min(start + _STEP, size)) for start in range(0, size, _STEP)]
+
+
+def _stretch(flat: Array | Stored, start: int, stop: int) -> Array:
+    if isinstance(flat, Stored):
+        return flat.read(start, stop, out=np.empty(stop - start, dtype=np.float32))
+    return flat[start:stop]

@@ -295,11 +295,11 @@ class Stream:
 
         With several threads as many blocks are in flight at a time, each computed alone, so results do not change.
         """
-        return self._over(name, self._held(name), work)
+        return self._over(name, self.held(name), work)
 
     def map_blocks(self, name: str, work: Callable[[Block], Array]) -> Array:
         """What `work` makes of each block of a tensor, in the tensor's shape."""
-        deltas = self._held(name)
+        deltas = self.held(name)
         merged = np.empty(self.size(name), dtype=_common_dtype(deltas))
 
         def fill(block: Block) -> None:
@@ -313,7 +313,8 @@ class Stream:
         sources = [self.sources[i] for i in self.members(name)]
         return [source.read(name) if name in source.tensors else None for source in sources]
 
-    def _held(self, name: str) -> list[Held | None]:
+    def held(self, name: str) -> list[Held | None]:
+        """As `deltas`, but what can be read in stretches is left where it is."""
         sources = [self.sources[i] for i in self.members(name)]
         return [source.held(name) if name in source.tensors else None for source in sources]
 

@@ -42,7 +42,7 @@ def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]
     has no direction, and counts in the mean length.
     """
     for name in stream.names:
-        deltas = stream.deltas(name)
+        deltas = stream.held(name)
         weights = mixing.shares(stream.weights[list(stream.members(name))], name=name)
         inner = mixing.products(deltas)
         found = _mean(inner, weights, parameters, name=name)

@@ -37,8 +37,8 @@ def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]
     for name in stream.names:
         shares = found.of(name)
         taken = average if shares is None else np.array([shares.get(i, 0.0) for i in range(len(average))])
-        deltas = [delta if value else None for delta, value in zip(stream.deltas(name), taken, strict=True)]
+        deltas = [delta if value else None for delta, value in zip(stream.held(name), taken, strict=True)]
         if all(delta is None for delta in deltas):
             # Nobody who is named has this tensor.
-            deltas = stream.deltas(name)
+            deltas = stream.held(name)
         yield name, mixing.total(deltas, taken)

@@ -28,7 +28,7 @@ def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]
     A zero delta has no direction, and counts in the mean length.
     """
     for name in stream.names:
-        deltas = stream.deltas(name)
+        deltas = stream.held(name)
         weights = stream.weights[list(stream.members(name))]
         if parameters.normalize:
             weights = mixing.shares(weights, name=name)

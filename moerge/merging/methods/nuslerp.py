@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from moerge.merging import mixing
 from moerge.merging.base import MISSING, Parameters, Spec, choice
-from moerge.merging.sources import Delta, Stream
+from moerge.merging.sources import Delta, Held, Stream
 
 SPEC = Spec(
     name="nuslerp",
@@ -31,7 +31,7 @@ SPEC = Spec(
 def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
     """SLERP with t = w_2 / (w_1 + w_2), and no straight line but where two deltas are parallel."""
     for name in stream.names:
-        deltas = stream.deltas(name)
+        deltas = stream.held(name)
         if len(deltas) == 1:
             yield name, mixing.total(deltas, mixing.ONE)
             continue
@@ -39,7 +39,7 @@ def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]
         yield name, _merged(deltas, share=second / (first + second), scope=parameters.scope)
 
 
-def _merged(deltas: Sequence[Delta | None], *, share: float, scope: str) -> Delta:
+def _merged(deltas: Sequence[Held | None], *, share: float, scope: str) -> Delta:
     dimensions = next(len(delta.shape) for delta in deltas if delta is not None)
     if scope == "tensor" or dimensions != 2:
         return mixing.total(deltas, mixing.between(mixing.products(deltas), share, parallel=1.0))

@@ -41,7 +41,7 @@ SPEC = Spec(
 def merge(stream: Stream, parameters: Parameters) -> Iterator[tuple[str, Delta]]:
     """sin((1 - t) angle) / sin(angle) a + sin(t angle) / sin(angle) b on the deltas at their own lengths."""
     for name in stream.names:
-        deltas = stream.deltas(name)
+        deltas = stream.held(name)
         if len(deltas) == 1:
             yield name, mixing.total(deltas, mixing.ONE)
             continue

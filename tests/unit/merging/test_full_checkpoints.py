@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from benchmarks import checkpoints as bench
 from moerge import merging
 from moerge.errors import ExpertsIncompatible, RecipeInvalid
 from moerge.merging import arrays, full_checkpoints
@@ -413,12 +414,13 @@ def test_a_sum_too_large_for_float16_is_refused(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_memory_is_bounded_by_the_largest_tensor_and_told_before(tmp_path):
+@pytest.mark.parametrize(("method", "parameters"), [("ties", {"density": 0.2}), ("sce", {}), ("multislerp", {})])
+def test_memory_is_bounded_by_the_largest_tensor_and_told_before(tmp_path, method, parameters):
     def peak(layers, place):
         place.mkdir()
         shapes = {f"model.layers.{number}.w.weight": (256, 1024) for number in range(layers)}
         _, _, base, folders = family(place, count=2, shapes=shapes, dtype="BF16")
-        recipe = wanted("ties", {"density": 0.2}, count=2, dtype="bfloat16")
+        recipe = wanted(method, parameters, count=2, dtype="bfloat16")
         merged(recipe, folders, place / "warm", base, block_values=1 << 16)
         with BaseWeights(base) as weights:
             tracemalloc.start()
@@ -428,7 +430,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_told_before(tmp_path):
         assert found < full_checkpoints.bytes_needed(recipe, [256 * 1024] * layers)
         return found
 
-    few, many = peak(2, tmp_path / "few"), peak(8, tmp_path / "many")
+    few, many = peak(1, tmp_path / "few"), peak(8, tmp_path / "many")
     assert many < 1.1 * few
     # Two experts of eight such tensors are 16 MiB in float32.
     assert many < 8 << 20
@@ -491,3 +493,25 @@ def test_transformers_loads_a_merged_model_with_tied_embeddings(tmp_path):
             - 0.25 * (weights[2][name] - weights[0][name])
         )
         torch.testing.assert_close(one.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def test_the_benchmark_compares_both_with_arithmetic_of_its_own(tmp_path):
+    shape = (64, 16, 24, 1, 4)
+    bench.build(tmp_path / "models", shape)
+    bench.write_recipe(tmp_path / "models", "ties", 4)
+    bench.merge_ours(str(tmp_path / "models"), "ties")
+    wanted_values = bench.ties_in_float64(tmp_path / "models", 4)
+    assert bench.differences(tmp_path / "models" / "ours-ties", wanted_values) == (0.0, 0.0)
+    distance, share = bench.differences(tmp_path / "models" / "base", wanted_values)
+    assert distance == 1.0
+    assert 0 < share < 1
+    assert bench.parameters(bench.TARGET_SHAPE) == 54_910_464
+
+
+def test_targets_of_the_benchmark_hold_at_their_size_alone():
+    ours, peer = bench.Taken(1.0, 2.0, 100), bench.Taken(3.0, 9.0, 500)
+    rows = bench.rows_of("ties", ours, peer, bench.TARGET_SHAPE)
+    assert [(row["value"], row["target"], row["met"]) for row in rows[3:]] == [(4.5, 5.0, False), (5.0, 4.0, True)]
+    assert [row["peer_value"] for row in rows[:3]] == [3.0, 9.0, 500]
+    assert all(row["met"] is None for row in bench.rows_of("ties", ours, peer, bench.SMALL_SHAPE))
+    assert len(bench.rows_of("linear", ours, None, bench.TARGET_SHAPE)) == 3
