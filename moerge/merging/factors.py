@@ -342,6 +342,25 @@ def _cores_by_grams(items: Sequence[Factors | None], whole: Factors) -> Cores | 
     return Cores(whole, turns[0] @ left.inverse.T, stacked, turns[1] @ right.inverse.T, ranks)
 
 
+def left_directions(items: Sequence[Factors]) -> tuple[Float64, Float64] | None:
+    """Left singular directions and singular values of deltas side by side, [D_1 .. D_T]: (d_out, R) and (R,), falling.
+
+    None where a direction is too weak for Gram matrices.
+    """
+    whole = stack(items, [1.0] * len(items))
+    if whole.rank > len(whole.B):
+        return None
+    right = np.zeros((whole.rank, whole.rank))
+    for place, item in zip(_places(items), items, strict=True):
+        right[place, place] = _gram(item.A.T)
+    found = _by_grams(_gram(whole.B), right, whole.rank)
+    if found is None:
+        return None
+    sizes = np.sqrt(found.squares)
+    none = np.zeros((whole.rank, 0))
+    return _recombined(whole, found.left / np.sqrt(sizes), none, dtype=np.dtype(np.float64)).B, sizes
+
+
 def _places(items: Sequence[Factors | None]) -> list[slice]:
     """Where each expert's directions stand among all of them."""
     ends = np.cumsum([0, *(0 if item is None else item.rank for item in items)]).tolist()

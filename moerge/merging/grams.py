@@ -69,7 +69,10 @@ class Total:
         scaled = rows / self.diagonal
         few: Float64 = (self.vectors @ scaled.T.astype(self.vectors.dtype, copy=False)).astype(np.float64)
         found = _solve_factored(inner, few).T.astype(self.vectors.dtype, copy=False)
-        scaled -= (found @ self.vectors) / self.diagonal
+        del inner
+        for start in range(0, self.diagonal.size, _COLUMNS):
+            stop = start + _COLUMNS
+            scaled[:, start:stop] -= (found @ self.vectors[:, start:stop]) / self.diagonal[start:stop]
         return np.asarray(scaled)
 
 

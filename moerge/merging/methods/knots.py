@@ -124,7 +124,10 @@ def _basis(deltas: Sequence[Delta | None]) -> Float64:
     """The left singular vectors of all deltas side by side, (d_out, rank), each with its largest entry positive."""
     present = [delta for delta in deltas if delta is not None]
     low = [delta for delta in present if isinstance(delta, Factors)]
-    if len(low) == len(present):
+    found = factors.left_directions(low) if len(low) == len(present) else None
+    if found is not None:
+        U, S = found
+    elif len(low) == len(present):
         # D_t = Q R_t L_t^T P_t^T with A_t^T = P_t L_t and P_t orthonormal, so the R x R blocks R_t L_t^T hold U and S.
         Q, R = np.linalg.qr(np.concatenate([delta.B.astype(np.float64) for delta in low], axis=1))
         ends = np.cumsum([delta.rank for delta in low])[:-1]
