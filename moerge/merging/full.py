@@ -28,6 +28,7 @@ _CONFIG = "config.json"
 _EMBEDDINGS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared")
 )
+_WITH_HEAD = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration")
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
@@ -82,8 +83,7 @@ class FullWriter:
         for slots in self._files.values():
             slots.close()
         self._write_index()
-        base = self._base.folder
-        copy_beside(base if base.is_dir() else base.parent, self._folder, self._recipe.output.dtype)
+        copy_beside(self._beside, self._folder, self._recipe.output.dtype)
 
     def discard(self) -> None:
         for file, slots in self._files.items():
@@ -122,12 +122,10 @@ class FullWriter:
 
     def _check_tied(self) -> None:
         """Raise ExpertsIncompatible when what changes the embedding would change a head that is tied to it too."""
-        config = self._beside / _CONFIG
-        if not config.is_file() or not json.loads(config.read_bytes()).get("tie_word_embeddings"):
+        if not self._is_tied():
             return
-        has_head = any(name.endswith(_HEADS) for name in self._base.names)
         for key, name in self._targets.names.items():
-            if not has_head and name.endswith(_EMBEDDINGS):
+            if name.endswith(_EMBEDDINGS):
                 raise ExpertsIncompatible(
                     f"{name} is also the head of this base, and {key} changes it as an embedding alone.",
                     pointer="/output/kind",
@@ -135,6 +133,15 @@ class FullWriter:
                     wanted="a base whose head is a tensor of its own",
                     remedy="Ask for output lora, which changes the embedding alone.",
                 )
+
+    def _is_tied(self) -> bool:
+        """Whether the base's head is its embedding. Configs leave that out where it is the rule of transformers."""
+        config = self._beside / _CONFIG
+        if not config.is_file() or any(name.endswith(_HEADS) for name in self._base.names):
+            return False
+        told = json.loads(config.read_bytes())
+        kinds = told.get("architectures") or []
+        return bool(told.get("tie_word_embeddings", any(word in kind for kind in kinds for word in _WITH_HEAD)))
 
     def _write_index(self) -> None:
         if not (self._beside / INDEX_FILE).is_file():

@@ -162,7 +162,10 @@ class Slots:
             at += len(block)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Give the file back; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def _write(self, data: bytes, at: int) -> None:
         view = memoryview(data)
@@ -217,7 +220,8 @@ class DeltaWriter:
 
     def discard(self) -> None:
         self._slots.close()
-        (self._folder / DELTA_FILE).unlink(missing_ok=True)
+        for name in (DELTA_FILE, DELTA_RECORD):
+            (self._folder / name).unlink(missing_ok=True)
 
 
 class Targets:

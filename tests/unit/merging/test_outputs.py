@@ -260,9 +260,11 @@ def test_an_embedding_that_is_the_head_too_is_not_changed_as_both(tmp_path):
     parts = {"embed_tokens.lora_embedding_A": np.ones((2, 30)), "embed_tokens.lora_embedding_B": np.ones((8, 2))}
     expert = write(tmp_path / "a", {"fc": (5, 8, 2)}, tensors=parts, target_modules=["embed_tokens", "fc"])
     tensors = {"embed_tokens.weight": np.ones((30, 8), np.float32), "fc.weight": np.ones((5, 8), np.float32)}
-    with write_base(tmp_path / "tied", tensors, tie_word_embeddings=True) as opened:
-        found = refused(ExpertsIncompatible, tmp_path / "out", [expert], [1.0], output={"kind": "full"}, base=opened)
-    assert "embed_tokens.weight is also the head" in found.detail
+    # transformers leaves its own default out of a config.
+    for number, told in enumerate(({"tie_word_embeddings": True}, {"architectures": ["GPT2LMHeadModel"]})):
+        with write_base(tmp_path / f"tied{number}", tensors, **told) as opened:
+            found = refused(ExpertsIncompatible, tmp_path / "out", [expert], [1], output={"kind": "full"}, base=opened)
+        assert "embed_tokens.weight is also the head" in found.detail
     with write_base(tmp_path / "own", tensors, tie_word_embeddings=False) as opened:
         merge(tmp_path / "out", [expert], [1.0], output={"kind": "full"}, base=opened)
     found = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
@@ -366,6 +368,19 @@ def test_too_little_energy_names_the_rank_that_would_be_enough(tmp_path, pair):
                for text in report.warnings)  # fmt: skip
     assert merge(tmp_path / "enough", pair, [0.7, 0.3], output={"rank": needed}).energy_kept >= 0.9
     assert merge(tmp_path / "less", pair, [0.7, 0.3], output={"rank": needed - 1}).energy_kept < 0.9
+
+
+def test_where_the_rank_is_not_known_an_estimate_from_below_is_told_as_one(tmp_path):
+    """Larger than what an exact SVD is used for, and merged by a method whose result is not of low rank."""
+    experts = [write(tmp_path / name, {Q: (300, 290, 8)}) for name in "ab"]
+    report = merge(tmp_path / "out", experts, [1, 1], "ties", output={"rank": 8})
+    merge(tmp_path / "dense", experts, [1, 1], "ties", output={"kind": "delta"})
+    squares = np.linalg.svd(load_file(tmp_path / "dense" / "delta.safetensors")[f"{Q}.weight"], compute_uv=False) ** 2
+    truth = int(np.flatnonzero(np.cumsum(squares) >= 0.9 * squares.sum())[0]) + 1
+    told = next(text for text in report.warnings if text.startswith("Rank 8 keeps"))
+    assert "By an estimate it takes rank" in told
+    assert 8 < int(told.split("it takes rank ")[1].split()[0]) <= truth
+    assert "Output delta keeps everything" in told
 
 
 # Saved tensors and biases
