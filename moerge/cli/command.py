@@ -19,8 +19,9 @@ EPILOG = """exit status:
   3  verification failed: bytes are not what they should be
 
 environment:
-  HF_ENDPOINT  address of the hub, as --endpoint
-  HF_TOKEN     API key, as --token"""
+  HF_ENDPOINT   address of the hub, as --endpoint
+  HF_TOKEN      API key, as --token
+  MOERGE_CACHE  folder where merge --local keeps what it has fetched"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
