@@ -16,6 +16,7 @@ from moerge.merging.recipe import Recipe
 from registry.errors import ExpertsIncompatible, Fault, RecipeInvalid
 from registry.models import BaseModel
 from registry.services import base_weights
+from registry.services.layouts import Module
 from registry.services.parents import Parent
 
 MOST_NAMES = 20
@@ -190,8 +191,13 @@ def _blocked(parent: Parent, blockers: Sequence[Mapping[str, Any]]) -> ExpertsIn
 def _check_shapes(parents: Sequence[Parent]) -> None:
     """Raise ExpertsIncompatible where two experts have a module, or a saved tensor, of different shapes."""
     known: dict[str, tuple[tuple[int, ...], Parent]] = {}
+    seen: list[Mapping[str, Module]] = []
     for parent in parents:
-        shapes = {name: module.shape for name, module in (parent.modules or {}).items()}
+        modules = parent.modules or {}
+        # Experts with the same modules share one mapping, which needs to be looked at once.
+        is_new = not any(modules is other for other in seen)
+        shapes = {name: module.shape for name, module in modules.items()} if is_new else {}
+        seen.append(modules)
         for name, shape in [*shapes.items(), *parent.saved.items()]:
             wanted, other = known.setdefault(name, (shape, parent))
             if wanted != shape and parent.family == other.family:

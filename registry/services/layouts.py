@@ -4,8 +4,10 @@ Modules whose names differ in numbers alone, with the same shape and rank, share
 as `3.0-127`. So an adapter of a mixture of experts with eighteen thousand modules takes some kilobytes, not megabytes.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from registry.services.bases import pattern_of
 
@@ -31,10 +33,15 @@ def pack(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> lis
     return [(*key, _runs(fillings)) for key, fillings in sorted(groups.items())]
 
 
-def unpack(lines: Sequence[Line]) -> dict[str, Module]:
-    """Every module by name."""
+def unpack(lines: Sequence[Line]) -> Mapping[str, Module]:
+    """Every module by name. Experts of one base often have the same lines, and then share one answer."""
+    return _unpacked(json.dumps(lines))
+
+
+@lru_cache(maxsize=16)
+def _unpacked(text: str) -> Mapping[str, Module]:
     found: dict[str, Module] = {}
-    for pattern, d_out, d_in, rank, runs in lines:
+    for pattern, d_out, d_in, rank, runs in json.loads(text):
         module = Module((d_out, d_in), rank)
         if not runs:
             found[pattern] = module

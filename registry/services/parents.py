@@ -47,7 +47,7 @@ class Parent:
         return str(self.facts.get("licence") or "")
 
     @cached_property
-    def modules(self) -> dict[str, Module] | None:
+    def modules(self) -> Mapping[str, Module] | None:
         """Its modules by name; None where only the base tells them, or they were not yet written down."""
         return layouts.unpack(self.facts.get("layout") or []) or None
 
@@ -57,7 +57,7 @@ class Parent:
         shapes = self.facts.get("saved_shapes", {})
         return {places.of_base_tensor(name): tuple(shape) for name, shape in shapes.items()}
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether its deltas come as matrices, not as factors."""
         is_rescaled = any(item["pointer"] == "/use_dora" for item in self.blockers)

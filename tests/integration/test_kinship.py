@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from registry import jobs
 from registry.models import Expert, Job, Kinship, Revision
@@ -141,3 +141,28 @@ def test_too_many_values_or_too_many_questions_start_no_job(ann, three, settings
 def test_the_order_of_a_pair_does_not_matter_and_nobody_waits_for_its_job(ann, three) -> None:
     assert kinship.pair_of("b", "a") == kinship.pair_of("a", "b") == ("a", "b")
     assert Job.objects.get(pk=asked(ann[1], "a", "b")["job"]).priority == jobs.NOBODY_WAITS
+
+
+def test_experts_of_ia3_are_compared_by_their_gains(ann) -> None:
+    gains = {"a": [1.5, 0.5, 1.0, 2.0], "b": [0.5, 0.5, 2.0, 1.0]}
+    for name, values in gains.items():
+        config = {
+            "peft_type": "IA3", "base_model_name_or_path": tiny.BASE, "feedforward_modules": [], "target_modules": ["query"],
+        }  # fmt: skip
+        tensor = np.tile(np.float32(values), 96)[:, None]
+        files = {
+            "README.md": tiny.card(),
+            "adapter_config.json": json.dumps(config).encode(),
+            "adapter_model.safetensors": save(
+                {f"base_model.model.{tiny.QUERY}.ia3_l": tensor}, metadata={"format": "pt"}
+            ),
+        }
+        ready(ann[0], name, files)
+    job = asked(ann[1], "a", "b")["job"]
+    runner.run(job)
+    assert Job.objects.get(pk=job).state == Job.State.DONE, Job.objects.get(pk=job).error
+    (pair,) = asked(ann[1], "a", "b")["pairs"]
+    # Gains less one, by hand: a = (.5, -.5, 0, 1), b = (-.5, -.5, 1, 0), 96 times.
+    assert pair["cosine"] == pytest.approx(0.0, abs=1e-6)
+    assert pair["distance"] == pytest.approx((96 * (1 + 0 + 1 + 1)) ** 0.5, rel=1e-5)
+    assert pair["conflict"] == pytest.approx(0.5)

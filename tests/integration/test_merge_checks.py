@@ -9,7 +9,7 @@ from safetensors.numpy import load, save
 
 from moerge.merging.cost import FIXED_BYTES
 from registry.models import BaseModel, Expert, Job, Kinship, Merge, Revision
-from registry.services import bases, experts, layouts, merges
+from registry.services import base_weights, bases, experts, layouts, merges
 from tests import tiny
 from tests.integration import hf
 
@@ -272,6 +272,31 @@ def test_saved_modules_of_one_expert_are_kept_and_those_of_two_need_the_base_or_
     assert (unknown["status"], unknown["errors"][0]["pointer"]) == (422, "/output/saved")
     kept = checked(ann[1], recipe("first", "third", output={"saved": "ann/first"}))
     assert kept["recipe"]["output"]["saved"] == "ann/first"
+
+
+def test_saved_modules_of_two_are_merged_where_the_base_has_them_and_refused_where_it_has_not(
+    ann, settings, tmp_path
+) -> None:
+    settings.HUB_BASES_DIR = tmp_path
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    base = hf.base()
+    ready(ann[0], "first", head(3))
+    ready(
+        ann[0], "second", with_tensors(head(3), {"base_model.model.classifier.weight": np.zeros((3, 384), np.float32)})
+    )
+    for names, is_there in ((("encoder.other.weight",), False), (("classifier.weight",), True)):
+        weights = {name: np.ones((3, 384), np.float32) for name in names}
+        (tmp_path / "tiny" / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+        BaseModel.objects.filter(pk=base.pk).update(shapes={})
+        base.refresh_from_db()
+        base_weights.add(user=None, base=base, folder="tiny")
+        if is_there:
+            assert checked(ann[1], recipe())["recipe"]["base_weights"] == base.weights["digest"]
+        else:
+            problem = refused(ann[1], recipe())
+            assert "classifier.weight" in problem["detail"]
+            assert [fault["pointer"] for fault in problem["errors"]] == ["/experts/1/expert", "/output/saved"]
 
 
 def dora() -> dict[str, bytes]:
