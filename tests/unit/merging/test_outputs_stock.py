@@ -132,6 +132,25 @@ def test_two_heads_are_averaged_as_changes_of_the_base(tmp_path):
     np.testing.assert_allclose(found.detach(), ((heads[0] + heads[1]) / 2).detach(), atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"bias": "lora_only"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_what_two_experts_replace_is_merged_as_changes_in_an_adapter(tmp_path, changes):
+    configs, weights = [lora(target_modules=["q_proj"], **changes), lora(r=2, **changes)], [0.7, -0.4]
+    biased().save_pretrained(tmp_path / "base")
+    models = [trained(tmp_path / f"e{i}", config, base=biased, seed=i) for i, config in enumerate(configs)]
+    with BaseWeights(tmp_path / "base") as opened:
+        experts = [disk.load(tmp_path / f"e{i}", base=opened) for i in range(2)]
+        disk.merge(tmp_path / "out", experts, weights, base=opened)
+    own = biased().state_dict()
+    wanted = {name: value.double() for name, value in own.items()}
+    for weight, model in zip(weights, models, strict=True):
+        for name, value in weights_of(model).items():
+            wanted[name] = wanted[name] + weight * (value - own[name])
+    merged = weights_of(peft.PeftModel.from_pretrained(biased(), tmp_path / "out").eval())
+    for name, value in merged.items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-5)
+    assert sum(int((value != own[name]).any()) for name, value in merged.items()) > 2 * len(TARGETS)
+
+
 def ia3(**changes):
     return peft.IA3Config(**({"target_modules": TARGETS, "feedforward_modules": ["down_proj"]} | changes))
 
