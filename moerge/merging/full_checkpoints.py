@@ -81,7 +81,7 @@ def merge(
     Cancelled when told to stop. Nothing is left in `out_dir` then.
     """
     check(recipe, has_base=base is not None)
-    if base is not None and recipe.base_weights not in (None, base.digest):
+    if base is not None and recipe.base_weights is not None and recipe.base_weights != base.digest:
         raise ExpertsIncompatible(
             "The base at hand is not the one that the recipe names.",
             pointer="/base_weights",
