@@ -61,10 +61,60 @@ def test_truncation_of_a_sum_that_cancels_keeps_what_is_left():
     np.testing.assert_allclose(factors.truncate(both, 2).factors.delta(), 1e-4 * small.delta(), atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weakest", [0, -2, -4, -5, -6, -9, -14])
+def test_truncation_is_the_best_whatever_the_condition_of_the_factors(weakest, dtype):
+    """Columns of B lean on each other more and more, past where Gram matrices say anything."""
+    rng = np.random.default_rng(3)
+    given = some(60, 50, 12)
+    mixing = np.linalg.qr(rng.normal(size=(12, 12)))[0] * 10.0 ** np.linspace(0, weakest, 12)
+    given = Factors((given.B @ mixing @ rng.normal(size=(12, 12))).astype(dtype), given.A.astype(dtype))
+    delta = given.B.astype(np.float64) @ given.A.astype(np.float64)
+    for rank in (1, 4, 9):
+        found = factors.truncate(given, rank)
+        _, kept, whole = best(delta, rank)
+        assert found.kept == pytest.approx(kept, rel=1e-9)
+        assert found.whole == pytest.approx(whole, rel=1e-9)
+        B, A = (part.astype(np.float64) for part in found.factors)
+        rounding = 1e-6 if dtype == np.float32 else 1e-10
+        smallest = np.linalg.norm(np.linalg.svd(delta, compute_uv=False)[rank:])
+        assert np.linalg.norm(delta - B @ A) <= (1 + 1e-5) * smallest + rounding * np.sqrt(whole)
+
+
+@pytest.mark.parametrize("weakest", [0, -3, -8])
+def test_left_directions_are_those_of_the_deltas_side_by_side_or_none(weakest):
+    items = [some(40, 30, rank, seed=rank) for rank in (3, 2, 4)]
+    items[1] = Factors(items[1].B * 10.0**weakest, items[1].A)
+    found = factors.left_directions(items)
+    if weakest == -8:
+        assert found is None
+        return
+    U, S, _ = np.linalg.svd(np.concatenate([item.delta() for item in items], axis=1))
+    np.testing.assert_allclose(found[1], S[:9], rtol=1e-8)
+    np.testing.assert_allclose(np.abs((found[0] * U[:, :9]).sum(axis=0)), 1, rtol=1e-8)
+    assert factors.left_directions([some(6, 30, 4), some(6, 30, 4, seed=1)]) is None
+
+
+def test_a_large_dense_delta_with_one_giant_direction_keeps_what_lies_far_below_it():
+    rng = np.random.default_rng(0)
+    tail = some(300, 300, 12, seed=5).delta() * 1e-3
+    giant = np.outer(rng.normal(size=300), rng.normal(size=300))
+    delta = (giant + tail).astype(np.float32)
+    found = factors.truncate_dense(delta, 13, key=KEY)
+    assert np.linalg.norm(delta - found.factors.delta()) < 1e-2 * np.linalg.norm(tail)
+    assert found.sizes[:13] == pytest.approx(np.linalg.svd(delta.astype(np.float64))[1][:13] ** 2, rel=1e-3)
+
+
 def test_nothing_is_truncated_to_nothing():
     found = factors.truncate(Factors(np.zeros((6, 3)), np.ones((3, 5))), 2)
     assert not found.factors.delta().any()
     assert found.share == 1.0
+
+
+def test_a_large_dense_delta_of_zeros_is_truncated_to_zeros():
+    found = factors.truncate_dense(np.zeros((300, 300), np.float32), 4, key=KEY)
+    assert found.share == 1.0
+    assert not found.factors.delta().any()
 
 
 def test_a_small_dense_delta_is_truncated_exactly():
