@@ -401,20 +401,21 @@ def _are_equal(model: _Model, name: str, other: _Model, other_name: str) -> bool
     return all(left == right for left, right in pairs)
 
 
-class _BaseTensor:
-    """One tensor of the base in float32; every thread keeps the stretch it read last, which all experts need."""
+class _Base:
+    """The base in float32; every thread keeps the stretch it read last, which all experts need one after the other."""
 
-    def __init__(self, model: _Model, name: str) -> None:
-        self._label, self._name = model.label, name
-        self._file, self._own = model.file(name)
+    def __init__(self, model: _Model) -> None:
+        self._model = model
         self._last = threading.local()
 
-    def read(self, start: int, stop: int) -> Float32:
-        if getattr(self._last, "span", None) != (start, stop):
+    def read(self, name: str, start: int, stop: int) -> Float32:
+        """Values start .. stop of a flattened tensor. Raises ExpertsIncompatible where one is not finite."""
+        if getattr(self._last, "place", None) != (name, start, stop):
             values = np.empty(stop - start, np.float32)
-            self._file.block_into(self._own, start, values)
-            _check_finite(values, self._label, self._name)
-            self._last.span, self._last.values = (start, stop), values
+            file, own = self._model.file(name)
+            file.block_into(own, start, values)
+            _check_finite(values, self._model.label, name)
+            self._last.place, self._last.values = (name, start, stop), values
         found: Float32 = self._last.values
         return found
 
@@ -425,7 +426,7 @@ class _StoredTensor(Stored):
 
     model: _Model
     name: str
-    base: _BaseTensor | None
+    base: _Base | None
     is_checked: bool = True
 
     @property
@@ -437,7 +438,7 @@ class _StoredTensor(Stored):
         file, own = self.model.file(self.name)
         file.block_into(own, start, out)
         if self.base is not None:
-            out -= self.base.read(start, stop)
+            out -= self.base.read(self.name, start, stop)
         if self.is_checked:
             _check_finite(out, self.model.label, self.name)
         return out
@@ -482,6 +483,7 @@ class _Work:
         values = len(recipe.experts) * sum(plan.size(name) for name in plan.floats)
         # Tensor by tensor nothing would seem worth it.
         self._settings = replace(settings, compiled=True) if values >= compiled.WORTH_IT else settings
+        self._base = None if plan.base is None else _Base(plan.base)
         self._running: Iterator[tuple[str, Any]] | None = None
 
     def _dtype(self, name: str) -> str:
@@ -505,10 +507,10 @@ class _Work:
     def blocks(self, name: str) -> Iterator[bytes]:
         """Base and merged delta in the dtype that is written."""
         delta, dtype = self.merged(name).reshape(-1), self.dtypes[name]
-        base = None if self.plan.base is None else _BaseTensor(self.plan.base, name)
         for start in range(0, delta.size, _WRITTEN_VALUES):
             part = delta[start : start + _WRITTEN_VALUES]
-            summed = rounded_sum(None if base is None else base.read(start, start + part.size), part, dtype)
+            base = None if self._base is None else self._base.read(name, start, start + part.size)
+            summed = rounded_sum(base, part, dtype)
             if summed is None:
                 self._check_experts(name, start, start + part.size)
                 raise ExpertsIncompatible(
@@ -527,7 +529,6 @@ class _Work:
 
     def _engine(self, names: Sequence[str], progress: Callable[[float], None]) -> Iterator[tuple[str, Any]]:
         plan = self.plan
-        bases = {name: None if plan.base is None else _BaseTensor(plan.base, name) for name in names}
         shapes = {name: plan.shape(name) for name in names}
         # A sum shows by itself that a value was not finite; it is enough to look for whose then.
         is_checked = self.recipe.method not in _SUMS
@@ -535,7 +536,7 @@ class _Work:
             Source(
                 expert.digest,
                 expert.weight,
-                {name: _StoredTensor(model, name, bases[name], is_checked) for name in names},
+                {name: _StoredTensor(model, name, self._base, is_checked) for name in names},
                 label=expert.expert,
                 shapes=shapes,
             )
