@@ -150,10 +150,10 @@ class _Half:
 def _half(gram: Float64, *, condition: float) -> _Half | None:
     """L of gram = L L^T, or None where the condition of the matrix may exceed the given one."""
     try:
-        L = np.linalg.cholesky(gram)
+        L = np.asarray(np.linalg.cholesky(gram), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
-    inverse = np.linalg.inv(L)
+    inverse = np.asarray(np.linalg.inv(L), dtype=np.float64)
     # The trace bounds the largest eigenvalue, and that of the inverse matrix the smallest one.
     is_safe = float(gram.trace()) * float(np.square(inverse).sum()) < condition
     return _Half(L, inverse) if is_safe else None

@@ -88,7 +88,7 @@ def _coded(block: Block, scales: list[float], scale: float) -> Array:
 
 def _shared(block: Block, scale: float) -> Array:
     """scale * sum_t D_t, (experts, values) -> (values,)."""
-    return parts.total(block.values) * block.values.dtype.type(scale)
+    return np.asarray(parts.total(block.values) * block.values.dtype.type(scale))
 
 
 def _scales(stream: Stream, name: str, *, scale: float) -> list[float]:

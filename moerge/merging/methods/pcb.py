@@ -81,7 +81,7 @@ class _Magnitudes:
         def sample() -> Array:
             counts = {name: selection.SAMPLE_VALUES * self.stream.size(name) // size + 64 for name in self.stream.names}
             found = np.concatenate([self.sample(name, count) for name, count in counts.items()])
-            return np.maximum(sign * found, 0)
+            return np.asarray(np.maximum(sign * found, 0))
 
         if number >= size:
             return min(float(part.min()) for _, part in pieces())
@@ -157,7 +157,7 @@ def _scored(values: Array, summed: Array, experts: int, *, bounds: tuple[float, 
 
 def _total(values: Array) -> Array:
     """The sum over experts in float64, (experts, values) -> (values,)."""
-    summed = values[0].astype(np.float64)
+    summed: Array = values[0].astype(np.float64)
     for row in values[1:]:
         summed += row
     return summed
@@ -165,4 +165,4 @@ def _total(values: Array) -> Array:
 
 def _between(values: Array, low: float, high: float) -> Array:
     """Where values lie between two bounds, 0 to 1; 0 where the bounds are equal."""
-    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return np.asarray((values - low) / (high - low)) if high > low else np.zeros_like(values)

@@ -6,8 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moerge import merging
-from moerge.merging import arrays, kinship
+from moerge.merging import arrays, kinship, selection
 from moerge.merging.engine import Settings
+from moerge.merging.methods import della
 from moerge.tensors.adapters import LowRank
 from tests.unit.merging import builders
 from tests.unit.merging.builders import delta_of, dense_of
@@ -328,3 +329,46 @@ def test_blocks_and_threads_change_no_bit_of_an_election(seed, given_weights, va
         for how in (None, Settings(block_values=block_values, threads=threads))
     )
     assert first.tobytes() == again.tobytes()
+
+
+@FEW
+@given(seed=seeds, given_weights=weights)
+def test_order_statistics_that_are_found_in_passes_are_those_of_a_sort(seed, given_weights):
+    """PCB and SCE on a tensor too large to gather are as on one that is gathered."""
+    experts = normal(3, seed, shapes={"w": (40, 60), "b": (31,)})
+    for method, parameters in (("pcb", {"ratio": 0.3}), ("pcb", {"ratio": 0.9}), ("sce", {"select": 0.4})):
+        gathered = merge(method, experts, given_weights, **parameters)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(selection, "DIRECT_VALUES", 500)
+            assert_same(merge(method, experts, given_weights, **parameters), gathered, share=0)
+
+
+def test_pcb_clamps_scores_below_zero_where_a_share_of_them_is_kept():
+    """Scores of one expert among two, by hand: exp(2 m^2) tanh(x (x + y)), ranked by a plain sort."""
+    x, y = np.array([3.0, -1.0, 0.5, -2.0, 1.5, -0.25]), np.array([-4.0, 0.5, 2.0, 1.0, -1.0, 1.0])
+    numerator, divisor = np.zeros(6), np.zeros(6)
+    for own in (x, y):
+        size = np.clip(np.abs(own), np.sort(np.abs(own))[0], np.sort(np.abs(own))[4])
+        m = (size - size.min()) / (size.max() - size.min())
+        score = np.exp(2 * m**2) * np.tanh(own * (x + y))
+        # Seven tenths are kept: the floor is the second lowest score, which is below zero.
+        floor = np.sort(score)[1]
+        assert floor < 0
+        b = (np.maximum(score, floor) - floor) / (score.max() - floor)
+        numerator += np.sign(own) * size * b
+        divisor += b
+    found = merge("pcb", [{"w": x[None]}, {"w": y[None]}], ratio=0.7)["w"][0]
+    np.testing.assert_allclose(found, numerator / np.maximum(divisor, 1e-12), rtol=1e-12)
+
+
+@FEW
+@given(seed=seeds)
+def test_della_ranks_equal_magnitudes_by_lower_index(seed):
+    rows = np.random.default_rng(seed).integers(-3, 4, size=(5, 40)) / 4
+    parameters = della.SPEC.parse({"density": 0.5, "epsilon": 0.2})
+    wanted = np.empty(rows.shape)
+    for row, probabilities in zip(rows, wanted, strict=True):
+        order = sorted(range(40), key=lambda place, row=row: (abs(row[place]), place))
+        probabilities[order] = 0.3 + np.arange(40) * 0.4 / 39
+    for dtype in (np.float32, np.float64):
+        np.testing.assert_allclose(della.keep_probability(rows.astype(dtype), parameters), wanted, rtol=1e-12)
