@@ -296,7 +296,7 @@ class MergeCheckExpert(s.Serializer[Any]):
 
 
 class MergeCheckOutput(s.Serializer[Any]):
-    kind = s.ChoiceField(KINDS)
+    kind = s.CharField(help_text="lora, ia3, delta, ternary or full.")
     rank = s.IntegerField(allow_null=True)
     bytes = s.IntegerField(allow_null=True, help_text="Of the weights, at most.")
 

@@ -13,6 +13,7 @@ from moerge.merging import cost
 from moerge.merging.base import output_rank
 from moerge.merging.cost import Cost
 from moerge.merging.recipe import Recipe
+from moerge.tensors.bases import BaseWeights
 from registry.errors import ExpertsIncompatible, Fault, RecipeInvalid
 from registry.models import BaseModel
 from registry.services import base_weights
@@ -156,7 +157,9 @@ def _contested(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) ->
     }
     if base.weights and several:
         with base_weights.open(base) as weights:
-            several = {name: found for name, found in several.items() if weights.find(name) is None}
+            several = {
+                name: found for name, found in several.items() if not _has(weights, name, found[0].saved[name])
+            }
         if not several:
             return [("", Fault("/output/saved"))]
     elif base.weights and owners and keeper is None:
@@ -172,6 +175,11 @@ def _contested(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) ->
     faults = [Fault(f"{found[-1].pointer}/expert", name, "a tensor that the base has", remedy)]
     faults.append(Fault("/output/saved", None, "one of " + ", ".join(names), remedy))
     raise ExpertsIncompatible(detail, faults=faults)
+
+
+def _has(weights: BaseWeights, name: str, shape: tuple[int, ...]) -> bool:
+    found = weights.find(name)
+    return found is not None and tuple(weights.checkpoint.info(found).shape) == shape
 
 
 def _blocked(parent: Parent, blockers: Sequence[Mapping[str, Any]]) -> ExpertsIncompatible:
