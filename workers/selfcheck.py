@@ -102,8 +102,7 @@ def check(
     if recipe.output.kind in {"lora", "ia3"}:
         from workers import skeleton  # noqa: PLC0415 - takes seconds, and never in the parent that forks
 
-        merged = {place.name: (shape[0], shape[1]) for place, shape in sample.shapes.items() if place.role == "module"}
-        architecture = skeleton.Architecture.of(adapters, base_shapes or {}, merged)
+        architecture = skeleton.Architecture.of(adapters, base_shapes or {}, sample)
         return skeleton.check(folder, recipe=recipe, sample=sample, architecture=architecture, base=base).as_dict()
     if recipe.output.kind == "ternary":
         return _check_ternary(folder, sample=sample, adapters=adapters, base=base).as_dict()

@@ -25,6 +25,7 @@ from moerge.merging.recipe import Recipe
 from moerge.merging.sources import Factors
 from moerge.tensors.adapters import Adapter, Layout
 from moerge.tensors.bases import BaseWeights
+from moerge.tensors.places import of_base_tensor
 from registry.services.bases import pattern_of
 from workers.selfcheck import Outcome, Sample, Taken, demand, demand_close, demand_same, failure, relative_error
 
@@ -34,6 +35,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAME = "default"
 _INSIDE = ".base_layer"
+_WRAPPED = (".modules_to_save.", ".original_module.")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LOADING = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
@@ -49,21 +51,19 @@ class Architecture:
 
     shapes: Mapping[str, tuple[int, int]]
     layouts: Mapping[str, Layout]
-    biased: frozenset[str] = frozenset()
     saved: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    has_biases: bool = False  # the adapter adds biases, so its layers have some
     is_turned: bool = False  # linear layers store their weight as (d_in, d_out)
 
     @classmethod
     def of(
-        cls,
-        adapters: Sequence[Adapter],
-        base_shapes: Mapping[str, Sequence[int]],
-        merged: Mapping[str, tuple[int, int]],
+        cls, adapters: Sequence[Adapter], base_shapes: Mapping[str, Sequence[int]], sample: Sample
     ) -> "Architecture":
         """What adapters say of their base, and the modules that the base is known to have in the same layers.
 
-        `merged` are the shapes of modules that were merged, some of which only the base's weights tell.
+        Shapes and biases that only the base's weights tell are those that the sample has heard of.
         """
+        merged = {place.name: (shape[0], shape[1]) for place, shape in sample.shapes.items() if place.role == "module"}
         shapes: dict[str, tuple[int, int]] = {}
         layouts: dict[str, Layout] = {}
         saved: dict[str, tuple[int, ...]] = {}
@@ -82,7 +82,7 @@ class Architecture:
         return cls(
             shapes={**dict(_others(shapes, base_shapes)), **shapes},
             layouts=layouts,
-            biased=frozenset(module for adapter in adapters for module in adapter.facts.biased),
+            has_biases=bool(sample.named("bias")),
             saved=saved,
             is_turned=any(adapter.config.fan_in_fan_out for adapter in adapters),
         )
@@ -117,10 +117,10 @@ class Architecture:
             return nn.Embedding(columns, rows)
         if layout.form == "conv":
             channels, *kernel = layout.kernel
-            return _CONVOLUTIONS[len(kernel)](channels, rows, tuple(kernel), bias=name in self.biased)
+            return _CONVOLUTIONS[len(kernel)](channels, rows, tuple(kernel), bias=self.has_biases)
         if self.is_turned:
             return Conv1D(rows, columns)
-        return nn.Linear(columns, rows, bias=name in self.biased)
+        return nn.Linear(columns, rows, bias=self.has_biases)
 
 
 def check(
@@ -165,13 +165,17 @@ def _check_names(folder: Path, state: Mapping[str, torch.Tensor], sample: Sample
     """The file holds what PEFT would save of the model, no more and no less, and every tensor that was merged."""
     with safetensors.safe_open(str(folder / WEIGHTS), framework="pt") as file:
         met = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    demand_same(met, {name: list(values.shape) for name, values in state.items()}, file=WEIGHTS)
+    wanted = {name: list(values.shape) for name, values in state.items()}
+    # Of biases that a saved module has PEFT names copies too, and does without them.
+    copies = {name for name in wanted if any(part in name for part in _WRAPPED)} - met.keys()
+    demand_same(met, {name: shape for name, shape in wanted.items() if name not in copies}, file=WEIGHTS)
     merged = {*sample.named("module"), *sample.named("gain")}
     loaded = {name.rpartition(".lora_")[0] or name.rpartition(".ia3_")[0] for name in met} - {""}
     demand_same(dict.fromkeys(sorted(name.removeprefix(_PREFIX) for name in loaded), "loaded"),
                 dict.fromkeys(sorted(merged), "loaded"), file=WEIGHTS)  # fmt: skip
+    replaced = {of_base_tensor(name) for name in met}
     for name in sample.named("saved"):
-        demand(f"{_PREFIX}{name}" in met, f"{WEIGHTS} lacks {name}.", pointer=name, met=None, wanted="the tensor")
+        demand(name in replaced, f"{WEIGHTS} lacks {name}.", pointer=name, met=None, wanted="the tensor")
 
 
 def _error(
@@ -197,7 +201,7 @@ def _error(
     elif place.role == "gain":
         found, own = layers[place.name].ia3_l[_NAME].double().flatten(), 1.0
     else:
-        found = state[f"{_PREFIX}{place.name}"].double()
+        found = next(values for name, values in state.items() if of_base_tensor(name) == place.name).double()
         known = None if base is None else base.tensor(place.name)
         assert known is not None, "changes are taken from a tensor that the base has"
         own = _rows(known, taken)
