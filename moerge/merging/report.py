@@ -100,7 +100,7 @@ def warnings(
         found.append("The merged delta is zero: this expert behaves as the base model does.")
     if share < ENERGY_WANTED:
         found.append(
-            f"Rank {rank} keeps {share:.0%} of the merged delta's energy, less than {ENERGY_WANTED:.0%}."
+            f"Rank {rank} keeps {share:.1%} of the merged delta's energy, less than {ENERGY_WANTED:.0%}."
             f" {_remedy(spectra)}"
         )
     wanted = recipe.output.energy
@@ -109,7 +109,7 @@ def warnings(
         least = min(short, key=lambda module: module.energy_kept)
         found.append(
             f"{len(short)} of {len(modules)} modules do not reach the energy of {wanted:g} at rank {rank}, the highest"
-            f" tried; {least.name} keeps {least.energy_kept:.0%}. Output delta keeps everything, ternary is small."
+            f" tried; {least.name} keeps {least.energy_kept:.1%}. Output delta keeps everything, ternary is small."
         )
     partly = sum(1 for module in modules if module.missing)
     if partly:
