@@ -2,7 +2,10 @@
 
 import argparse
 
+import pytest
+
 from benchmarks import merge
+from moerge import merging
 
 
 def test_every_merge_is_timed_and_two_of_them_beside_peft():
@@ -25,5 +28,22 @@ def test_targets_hold_at_their_size_alone():
 
 def test_ours_and_peft_merge_the_same_experts():
     size = (48, 4, 2)
-    assert merge.measure_ours("TIES, then SVD", size, 1)[0] > 0
+    assert merge.measure_ours(merge.METHODS["TIES, then SVD"], size, 1)[0] > 0
     assert merge.measure_peft("ties_svd", size, 1)[0] > 0
+
+
+@pytest.mark.parametrize("method", sorted(merging.catalogue()))
+def test_every_method_can_be_measured(method):
+    seconds, extra = merge.measure_ours(merge.Case(method), (48, 4, 2), 1)
+    assert seconds > 0
+    assert extra >= 0
+
+
+def test_a_section_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(merge, "METHODS", {})
+    monkeypatch.setattr(merge, "SECTIONS", {"nothing": ("benchmarks.nothing", "measure nothing")})
+    parser = argparse.ArgumentParser()
+    merge.add_arguments(parser)
+    assert merge.run(parser.parse_args(["--no-peer"])) == []
+    with pytest.raises(ValueError, match=r"there is no benchmarks/nothing\.py"):
+        merge.run(parser.parse_args(["--no-peer", "--nothing"]))

@@ -294,7 +294,7 @@ def test_weights_that_cancel_are_refused_where_the_method_divides_by_their_sum(m
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_size_of_blocks_and_the_number_of_threads_change_no_bit(method):
+def test_the_size_of_blocks_the_number_of_threads_and_compiled_loops_change_no_bit(method):
     """A matrix of two tiles of the product grid, and of up to three blocks."""
     shape = (300, 512)
     for experts in (
@@ -303,7 +303,7 @@ def test_the_size_of_blocks_and_the_number_of_threads_change_no_bit(method):
     ):
         first = None
         for block_values, threads in ((1, 1), (1 << 17, 2), (1 << 22, 3)):
-            settings = Settings(block_values=block_values, threads=threads)
+            settings = Settings(block_values=block_values, threads=threads, compiled=threads == 3)
             merged = merge(method, experts, weights=[0.5, 1.0], seed=3, settings=settings)
             found = {name: value.tobytes() for name, value in dense_of(merged).items()}
             first = first or found
