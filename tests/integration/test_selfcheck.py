@@ -13,6 +13,7 @@ from moerge.merging import recipe as recipes
 from moerge.merging import run as merging
 from moerge.tensors import adapters
 from moerge.tensors.bases import BaseWeights
+from moerge.tensors.places import of_base_tensor
 from registry.errors import MergeSelfCheckFailed
 from tests import tiny, tiny_peft
 from workers import selfcheck
@@ -262,6 +263,18 @@ def test_modules_that_an_adapter_brings_whole_must_be_there(tmp_path) -> None:
     change_tensors(tmp_path / "out", lambda tensors: tensors.pop(name))
     with pytest.raises(MergeSelfCheckFailed):
         selfcheck.check(tmp_path / "out", **known)
+
+
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["pooler"]}])
+def test_trained_biases_load_under_the_names_that_peft_gives_them(more, tmp_path) -> None:
+    base = checkpoint(tmp_path / "base", tiny_peft.bert())
+    experts = trained(tmp_path, *[tiny_peft.lora(bias="all", **more)] * 2, base=tiny_peft.bert)
+    known = merged(tmp_path, experts, base=base)
+    assert selfcheck.check(tmp_path / "out", **known)["modules"] == 4
+    place = next(place for place in known["sample"].taken if place.role == "saved")
+    stored = next(name for name in load_file(tmp_path / "out" / WEIGHTS) if of_base_tensor(name) == place.name)
+    change_tensors(tmp_path / "out", scaled(stored, -1))
+    refused(tmp_path / "out", known, pointer=place.key)
 
 
 def checkpoint(folder, model) -> BaseWeights:
