@@ -114,13 +114,13 @@ class Snapshot:
         if self.pending is not None and path != WEIGHTS:
             # All but the weights are the files of the revision that it is made of.
             return selectors.file(self.pending.found.source, path)
-        if self.repository.merge is not None and self.revision is None:
+        if self._is_foreign(path):
+            raise absent
+        if self.revision is None and (told := getattr(self.repository.merge, "revision", None)) is not None:
             # What tells of a merge stays when its weights are removed.
-            kept = File.objects.filter(revision__merge=self.repository.merge, path=path).select_related("blob").first()
+            kept = File.objects.filter(revision=told, path=path).select_related("blob").first()
             if kept is not None:
                 return kept
-            if self._is_foreign(path):
-                raise absent
         revision = self.content()
         if revision is None:
             raise absent
