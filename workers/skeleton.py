@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from moerge.merging.experts import Place
 from moerge.merging.recipe import Recipe
 from moerge.merging.sources import Factors
+from moerge.tensors import files
 from moerge.tensors.adapters import Adapter, Layout
 from moerge.tensors.bases import BaseWeights
 from moerge.tensors.places import of_base_tensor
@@ -41,7 +42,7 @@ _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LOADING = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 # Of a delta so many values are formed at a time, in float64.
 _VALUES = 1 << 21
-# What torch says when the memory of a job is used up; registry.runner tells it as that.
+# What torch says when the memory of a job is used up; workers.runner tells it as that.
 _NO_MEMORY = "can't allocate memory"
 
 
@@ -77,7 +78,9 @@ class Architecture:
             for module, length in facts.gains.items():
                 # The other side of the layer takes no part in IA3.
                 shapes.setdefault(module, (1, length) if module in facts.feedforward else (length, 1))
-            saved |= {name: tuple(values.shape) for name, values in adapter.saved.items()}
+            with files.open_file(adapter.path) as file:
+                whole = {of_base_tensor(name): file.info(name).shape for name in (*facts.saved, *facts.biases)}
+            saved |= {name: whole[name] for name in adapter.saved}
         shapes |= merged
         return cls(
             shapes={**dict(_others(shapes, base_shapes)), **shapes},
