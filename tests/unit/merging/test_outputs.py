@@ -439,9 +439,10 @@ def test_saved_tensors_that_differ_are_refused_until_an_expert_is_named(tmp_path
         assert word in found.detail
     for word in ("output.saved", "add_base_weights"):
         assert word in found.remedy
-    report = merge(tmp_path / "kept", pair, [1, 1], output={"saved": "acme/b"})
-    assert saved(tmp_path / "kept").tobytes() == head(2).tobytes()
-    assert report.kept == {HEAD: "acme/b"}
+    for number, name in enumerate("ab", 1):
+        report = merge(tmp_path / f"kept-{name}", pair, [1, 1], output={"saved": f"acme/{name}"})
+        assert saved(tmp_path / f"kept-{name}").tobytes() == head(number).tobytes()
+        assert report.kept == {HEAD: f"acme/{name}"}
     found = refused(RecipeInvalid, tmp_path / "out", pair, [1, 1], output={"saved": "acme/c"})
     assert (found.pointer, found.met) == ("/output/saved", "acme/c")
 
