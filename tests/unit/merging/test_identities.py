@@ -139,6 +139,12 @@ def test_knots_keeps_small_deltas_and_directions_and_stays_low_rank():
     assert all(found.rank == 9 for found in merged.values())
 
 
+def test_knots_ranks_coordinates_over_a_whole_expert():
+    """Half of eight and one more are kept: all of the large tensor, one value of the small one."""
+    expert = {"a": np.array([[4.0, -3.0, 5.0, 6.0]]), "b": np.array([[0.1, 0.2, -0.3, 0.4]])}
+    assert_same(merge("knots", [expert], density=0.5), {"a": expert["a"], "b": np.array([[0.0, 0.0, 0.0, 0.4]])})
+
+
 PLAIN_UNITS = {"restore_norm": False, "restore_variance": False}
 
 
