@@ -9,7 +9,10 @@ from api.v1 import records, schemas
 from api.v1.base import View
 from registry import jobs, selectors
 from registry.errors import NotAllowed
+from registry.jobs import JobKind
 from registry.models import Job, User
+
+OF_MERGES = frozenset({JobKind.MERGE, JobKind.KINSHIP})
 
 
 class OneJob(View):
@@ -27,9 +30,7 @@ class CancelJob(View):
         operation_id="jobs_cancel", request=None, responses={200: schemas.JobRecord, **schemas.problems(403, 404)}
     )
     def post(self, request: Request, job_id: str) -> Response:
-        user = require(request, "write")
-        job = selectors.job(job_id, user)
-        check_command(user, job)
+        user, job = commanded(request, job_id)
         jobs.cancel(job)
         return Response(records.job(selectors.job(job_id, user)))
 
@@ -41,17 +42,22 @@ class RetryJob(View):
         operation_id="jobs_retry", request=None, responses={200: schemas.JobRecord, **schemas.problems(403, 404)}
     )
     def post(self, request: Request, job_id: str) -> Response:
-        user = require(request, "write")
-        job = selectors.job(job_id, user)
-        check_command(user, job)
+        user, job = commanded(request, job_id)
         jobs.retry([job, *selectors.jobs_after(job)])
         return Response(records.job(selectors.job(job_id, user)))
 
 
-def check_command(user: User, job: Job) -> None:
-    """Who asked for a job may command it, and who may write to its expert."""
+def commanded(request: Request, job_id: str) -> tuple[User, Job]:
+    """A job and the caller, who may command it: who asked for it, and who may write to its expert.
+
+    Whoever may have work done may have it stopped, so work on merges takes scope merge. Raises JobNotFound,
+    Unauthenticated, ScopeMissing, NotAllowed.
+    """
+    job = selectors.job(job_id, viewer_of(request))
+    user = require(request, "merge" if job.kind in OF_MERGES else "write")
     if user.is_staff or job.requested_by_id == user.pk:
-        return
+        return user, job
     expert = job.revision.expert if job.revision else None
     if expert is None or not selectors.may_write(user, expert.namespace.name):
         raise NotAllowed("This job was asked for by somebody else.")
+    return user, job

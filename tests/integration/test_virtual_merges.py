@@ -17,7 +17,7 @@ from api.hf import waiting
 from registry import jobs
 from registry.errors import MemoryExceeded, NotReady
 from registry.models import Blob, Expert, File, Job, Membership, Merge, Namespace, Revision
-from registry.services import cleaning, experts, merges
+from registry.services import cleaning, experts, keys, merges
 from tests import factories, tiny
 from tests.integration import hf
 from tests.integration.merges import FIRST, SECOND, compute, ready, recipe, result
@@ -198,6 +198,16 @@ def test_a_merge_that_was_cancelled_starts_again_when_it_is_read(merge, reader) 
     assert Merge.objects.get(pk=merge.pk).state == Merge.State.CANCELLED
     assert reader.get(f"/{merge.full_name}/resolve/main/{WEIGHTS}").status_code == 503
     assert compute(merge).state == Merge.State.READY
+
+
+def test_who_may_register_a_merge_may_stop_it_with_the_same_key(merge, ann) -> None:
+    job = merges.touch(merge)
+    rob = hf.person("rob", ["read", "write", "merge"])[1]
+    assert rob.send("POST", f"/api/v1/jobs/{job.pk}/cancel").json()["code"] == "not-allowed"
+    for scopes, status in ((["read", "write"], 403), (["read", "merge"], 200)):
+        caller = hf.Caller(keys.create(user=ann[0], name="other", scopes=scopes)[1])
+        assert caller.send("POST", f"/api/v1/jobs/{job.pk}/cancel").status_code == status
+    assert Merge.objects.get(pk=merge.pk).state == Merge.State.CANCELLED
 
 
 def test_the_limit_of_who_registered_a_merge_holds_for_those_who_touch_it(merge, ann, settings) -> None:
