@@ -14,6 +14,7 @@ from moerge.merging.base import output_rank
 from moerge.merging.cost import Cost
 from moerge.merging.recipe import Recipe
 from moerge.tensors.bases import BaseWeights
+from moerge.tensors.targets import of_base
 from registry.errors import ExpertsIncompatible, Fault, RecipeInvalid
 from registry.models import BaseModel
 from registry.services import base_weights
@@ -47,6 +48,7 @@ def judge(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Judg
     _check_kept(recipe, parents)
     recipe = _with_base(recipe, parents, base=base)
     _check_shapes(parents)
+    _check_parts(parents)
     found = _cost(recipe, parents, base=base)
     if found is not None:
         _check_rank(recipe, parents, found)
@@ -117,6 +119,8 @@ def _needing_base(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel)
     if recipe.output.kind == "full":
         detail = f"Full weights are the base with the delta added, and the hub has no weights of {base.name}."
         found.append((detail, Fault("/output/kind", "full", weights, f"{remedy}. Or ask for output lora or delta.")))
+    if recipe.output.kind in {"delta", "ternary", "full"}:
+        found += _replacing(recipe, parents, base=base)
     return [*found, *_contested(recipe, parents, base=base)]
 
 
@@ -157,9 +161,7 @@ def _contested(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) ->
     }
     if base.weights and several:
         with base_weights.open(base) as weights:
-            several = {
-                name: found for name, found in several.items() if not _has(weights, name, found[0].saved[name])
-            }
+            several = {name: found for name, found in several.items() if not _has(weights, name, found[0].saved[name])}
         if not several:
             return [("", Fault("/output/saved"))]
     elif base.weights and owners and keeper is None:
@@ -175,6 +177,29 @@ def _contested(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) ->
     faults = [Fault(f"{found[-1].pointer}/expert", name, "a tensor that the base has", remedy)]
     faults.append(Fault("/output/saved", None, "one of " + ", ".join(names), remedy))
     raise ExpertsIncompatible(detail, faults=faults)
+
+
+def _replacing(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> list[tuple[str, Fault]]:
+    """Saved tensors in an output that is added to the base: sentence and fault where the base is needed for them.
+
+    Raises ExpertsIncompatible where the base has no such tensor to add to.
+    """
+    owners = {name: parent for parent in parents for name in parent.saved}
+    kind, remedy = recipe.output.kind, "Ask for output lora, which keeps such tensors as they are."
+    absent = list(owners)
+    if base.weights and owners:
+        with base_weights.open(base) as weights:
+            absent = [name for name, parent in owners.items() if not _has(weights, name, parent.saved[name])]
+        if not absent:
+            return [("", Fault("/output/kind"))]
+    if not absent:
+        return []
+    detail = f"{owners[absent[0]].name} replaces {absent[0]} of the base, and what it adds to it is not known."
+    if base.weights:
+        raise incompatible(detail, "/output/kind", kind, f"lora: {base.name} has no such tensor of this shape", remedy)
+    remedy += f" Or an operator adds the weights of the base: bin/manage add_base_weights {base.name} FOLDER"
+    wanted = f"lora, or the weights of {base.name}, which the hub does not have"
+    return [(detail, Fault("/output/kind", kind, wanted, remedy))]
 
 
 def _has(weights: BaseWeights, name: str, shape: tuple[int, ...]) -> bool:
@@ -210,6 +235,26 @@ def _check_shapes(parents: Sequence[Parent]) -> None:
             wanted, other = known.setdefault(name, (shape, parent))
             if wanted != shape and parent.family == other.family:
                 raise _unlike(name, shape, parent, wanted, other)
+
+
+def _check_parts(parents: Sequence[Parent]) -> None:
+    """Raise ExpertsIncompatible where one expert replaces a whole module and another has a delta of it."""
+    owners = {
+        name.rpartition(".")[0]: parent for parent in parents for name in parent.saved if not name.endswith(".bias")
+    }
+    for parent in parents if owners else ():
+        for module in parent.modules or ():
+            parts = of_base(module).split(".")
+            for length in range(len(parts), 0, -1):
+                owner = owners.get(".".join(parts[:length]))
+                if owner is not None:
+                    raise incompatible(
+                        f"{owner.name} replaces {module} as a whole, and {parent.name} has a delta of it.",
+                        f"{parent.pointer}/expert",
+                        module,
+                        f"a module that {owner.name} leaves in place",
+                        "Leave one of the two experts out.",
+                    )
 
 
 def _unlike(
