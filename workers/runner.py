@@ -6,7 +6,7 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,19 @@ from typing import Any
 from django.conf import settings
 from django.db import InterfaceError, OperationalError, connection
 
+from moerge import errors as library
 from moerge.errors import MoergeError
 from registry import jobs, telemetry
-from registry.errors import Fault, HubError, MemoryExceeded, TimeExceeded, Unavailable
+from registry.errors import (
+    ExpertsIncompatible,
+    Fault,
+    HubError,
+    Invalid,
+    MemoryExceeded,
+    RecipeInvalid,
+    TimeExceeded,
+    Unavailable,
+)
 from registry.jobs import JobKind
 from registry.models import Job
 
@@ -25,6 +35,11 @@ log = logging.getLogger(__name__)
 TOLD_EVERY_SECONDS = 0.5
 # How often a cancel is looked for while a job says nothing.
 LOOK_EVERY_SECONDS = 0.5
+# What the library refuses is no error of the hub.
+_KINDS: Mapping[type[MoergeError], type[HubError]] = {
+    library.ExpertsIncompatible: ExpertsIncompatible,
+    library.RecipeInvalid: RecipeInvalid,
+}
 # A job that was told to stop and does not is closed over its head after this time.
 STOP_SECONDS = 30
 # What a merge may take beyond its plan: libraries that are loaded in it, their threads, the files it stages.
@@ -127,7 +142,8 @@ def _carry_out(work: Work) -> None:
     except HubError as error:
         jobs.fail(lease, error.as_dict())
     except MoergeError as error:
-        jobs.fail(lease, HubError.of(error).as_dict())
+        kind = _KINDS.get(type(error), Invalid)
+        jobs.fail(lease, kind.of(error).as_dict())
     except (OperationalError, InterfaceError):
         raise
     except Exception:

@@ -104,6 +104,15 @@ def test_weights_of_the_base_that_changed_since_are_a_failure_that_says_what_to_
     assert not result(merge)
 
 
+def test_values_that_do_not_fit_are_the_recipes_failure_and_none_of_the_hub(ann, pair) -> None:
+    body = recipe(output={"kind": "delta", "dtype": "float16"})
+    body["experts"] = [{**one, "weight": 1e6} for one in body["experts"]]
+    compute(merges.register(user=ann[0], body=body)[0])
+    error = Job.objects.get(kind="merge").error
+    assert (error["code"], error["status"]) == ("experts-incompatible", 409)
+    assert error["errors"][0]["pointer"] == "/output/dtype"
+
+
 def test_a_share_of_energy_decides_the_rank(ann, pair) -> None:
     merge = merged(ann[0], rank={"energy": 0.9})
     needed = {}
