@@ -364,7 +364,7 @@ def test_too_little_energy_names_the_rank_that_would_be_enough(tmp_path, pair):
     shares = [sum(part[:rank].sum() for part in squares) / whole for rank in range(1, 9)]
     needed = next(rank for rank, share in enumerate(shares, 1) if share >= 0.9)
     assert needed > 2
-    assert any(f"Rank 1 keeps {shares[0]:.0%}" in text and f"Rank {needed} would keep 90%" in text
+    assert any(f"Rank 1 keeps {shares[0]:.1%}" in text and f"Rank {needed} would keep 90%" in text
                for text in report.warnings)  # fmt: skip
     assert merge(tmp_path / "enough", pair, [0.7, 0.3], output={"rank": needed}).energy_kept >= 0.9
     assert merge(tmp_path / "less", pair, [0.7, 0.3], output={"rank": needed - 1}).energy_kept < 0.9
