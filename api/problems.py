@@ -3,6 +3,8 @@
 import logging
 from typing import Any, TypeVar
 
+from django.conf import settings
+from django.core.exceptions import RequestDataTooBig
 from django.db import InterfaceError, OperationalError
 from django.http import Http404, HttpResponseBase, JsonResponse
 from django.http.request import RawPostDataException, UnreadablePostError
@@ -26,6 +28,7 @@ from registry.errors import (
     RequestInvalid,
     RequestMalformed,
     StorageUnavailable,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -90,8 +93,8 @@ def translate(error: Exception) -> HubError:
         return NotFound("There is nothing at this address.")
     if isinstance(error, exceptions.APIException):
         return of_framework(error)
-    if isinstance(error, RawPostDataException | UnreadablePostError):
-        return RequestMalformed("The body of the request ended early.")
+    if isinstance(error, RequestDataTooBig | RawPostDataException | UnreadablePostError):
+        return _of_body(error)
     if isinstance(error, OperationalError | InterfaceError):
         log.warning("The database did not answer a request.", extra={"error.detail": str(error)})
         return Unavailable("The database does not answer.", retry_after_seconds=2)
@@ -100,6 +103,15 @@ def translate(error: Exception) -> HubError:
         return StorageUnavailable(f"The storage does not answer: {error.strerror or 'an error of the disk'}.")
     log.error("A request broke.", exc_info=error)
     return HubError("An error of the hub; the log has it under this request id.")
+
+
+def _of_body(error: Exception) -> HubError:
+    """What Django says of a body that it could not read."""
+    if not isinstance(error, RequestDataTooBig):
+        return RequestMalformed("The body of the request ended early.")
+    limit = f"at most {settings.HUB_JSON_MAX_BYTES} bytes"
+    fault = Fault("", "more", limit, "Send less, or files by an upload.")
+    return TooLarge(f"The body may have {limit}.", faults=[fault])
 
 
 def of_framework(error: exceptions.APIException) -> HubError:

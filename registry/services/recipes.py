@@ -1,6 +1,7 @@
 """Recipes as callers write them: every expert pinned to a revision that the caller may see, and the whole judged."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from registry.services.parents import Parent
 ID_LENGTH = 20
 STATISTICS = "stats.safetensors"
 MOST_LICENCE = 64
+_UNSTORABLE = re.compile(r"[\0\uD800-\uDFFF]")
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def resolve(*, viewer: Viewer, body: Mapping[str, Any], is_asked: bool = True) -
     wants one. Raises RecipeInvalid, BaseUnknown, ExpertNotFound, RevisionNotFound, NotReady, ExpertsIncompatible,
     LicenceBlocked, LicenceUnacknowledged.
     """
+    _check_text(body)
     filled = dict(body)
     terms = _terms(filled)
     if filled.get("base_model") is not None and isinstance(filled["base_model"], str):
@@ -171,6 +174,20 @@ def resolve(*, viewer: Viewer, body: Mapping[str, Any], is_asked: bool = True) -
     by_content = {parent.digest + parent.revision.commit: parent for parent in pinned}
     parents = tuple(by_content[expert.digest + expert.revision].revision for expert in judgement.recipe.experts)
     return Resolved(judgement.recipe, parents, licence, judgement, tuple(pinned))
+
+
+def _check_text(body: Mapping[str, Any]) -> None:
+    """Raise RecipeInvalid for text that no row can hold: with NUL, or with half of a surrogate pair."""
+    waiting: list[tuple[str, object]] = [("", body)]
+    while waiting:
+        pointer, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(pointer, key) for key in value] + [(f"{pointer}/{key}", part) for key, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{pointer}/{place}", part) for place, part in enumerate(value)]
+        elif isinstance(value, str) and (found := _UNSTORABLE.search(value)):
+            fault = Fault(pointer, f"U+{ord(found[0]):04X}", "text without it", "Take that character out.")
+            raise RecipeInvalid("The recipe holds a character that no text may have.", faults=[fault])
 
 
 def _terms(filled: dict[str, Any]) -> Terms:

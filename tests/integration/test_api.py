@@ -7,7 +7,7 @@ import pytest
 from django.urls import URLPattern, get_resolver
 from django.utils import timezone
 
-from registry.models import ApiKey, Expert, Job, Revision
+from registry.models import ApiKey, Expert, Job, Merge, Revision
 from registry.services import experts
 from tests import factories, tiny
 from tests.integration import hf
@@ -114,9 +114,22 @@ def test_a_misspelt_field_is_refused_by_name(ann) -> None:
     assert Expert.objects.count() == 0
 
 
-def test_a_body_that_is_no_json_is_malformed(ann) -> None:
-    answer = ann[1].send("POST", "/api/v1/experts", data=b"{", kind="application/json")
-    assert_problem(answer, 400, "request-malformed")
+@pytest.mark.parametrize("path", ["/api/v1/experts", "/api/v1/merges", "/api/v1/route/merge"])
+@pytest.mark.parametrize(
+    "body", [b"{", b'{"a": NaN}', b"\xff", b'{"a":' * 5000, b"[" * 20000 + b"]" * 20000], ids=range(5)
+)
+def test_a_body_that_is_no_json_is_malformed(path: str, body: bytes, ann) -> None:
+    answer = ann[1].send("POST", path, data=body, kind="application/json")
+    (fault,) = assert_problem(answer, 400, "request-malformed")["errors"]
+    assert fault["pointer"] == ""
+    assert fault["met"]
+    assert fault["wanted"]
+    assert fault["remedy"]
+
+
+def test_a_body_above_its_limit_is_too_large(ann, settings) -> None:
+    body = b'{"method": "' + b"x" * settings.HUB_JSON_MAX_BYTES + b'"}'
+    assert_problem(ann[1].send("POST", "/api/v1/merges", data=body, kind="application/json"), 413, "too-large")
 
 
 def test_hidden_and_absent_are_answered_with_the_same_bytes(ann, rob) -> None:
@@ -336,9 +349,21 @@ def test_an_address_with_a_nul_character_is_refused_and_not_looked_up(path: str,
         {"base_model": "a\0"},
         {"experts": [{"expert": "ann/tea", "revision": "a\0"}]},
         {"experts": [{"expert": "a\0/b"}]},
+        {"licence": "a\0"},
+        {"parameters": {"a\0": 1}},
     ],
 )
-def test_a_recipe_with_a_nul_character_is_refused(changes: dict, ann) -> None:
+@pytest.mark.parametrize("sign", ["\0", "\ud800"])
+@pytest.mark.parametrize("path", ["/api/v1/merges/check", "/api/v1/merges"])
+def test_a_recipe_with_a_character_that_no_text_has_is_refused(changes: dict, sign: str, path: str, ann) -> None:
     factories.ready(factories.revision(ann[0], factories.expert(ann[0], "tea")))
     body = {"method": "linear", "experts": [{"expert": "ann/tea", "weight": 1}], **changes}
-    assert ann[1].json("POST", "/api/v1/merges", body).status_code in {404, 422}
+    text = json.dumps(body).replace(json.dumps("\0")[1:-1], json.dumps(sign)[1:-1])
+    problem = assert_problem(ann[1].send("POST", path, data=text, kind="application/json"), 422, "recipe-invalid")
+    assert problem["errors"][0]["met"] == f"U+{ord(sign):04X}"
+    assert not Merge.objects.exists()
+
+
+def test_start_is_a_truth_value_in_a_check_too(ann) -> None:
+    answer = ann[1].json("POST", "/api/v1/merges/check", {"method": "linear", "experts": [], "start": "no"})
+    assert faults(answer) == [("/start", "no")]
