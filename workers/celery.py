@@ -11,6 +11,8 @@ from kombu import Queue
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 NICENESS = 5
+# After the other processes of a hub that is just being started have loaded what they need.
+WARM_AFTER_SECONDS = 20
 
 app = Celery("moerge")
 app.config_from_object("django.conf:settings", namespace="CELERY")
@@ -52,4 +54,6 @@ def warm(**_: object) -> None:
     computed yields to what is answered where both share the processors.
     """
     os.nice(NICENESS)
-    threading.Thread(target=importlib.import_module, args=("peft",), daemon=True, name="warm").start()
+    timer = threading.Timer(WARM_AFTER_SECONDS, importlib.import_module, args=("peft",))
+    timer.daemon = True
+    timer.start()
