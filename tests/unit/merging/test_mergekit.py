@@ -6,6 +6,7 @@ import yaml
 
 from moerge.errors import RecipeInvalid
 from moerge.merging import arrays, documents, mergekit, recipe
+from moerge.merging.mergekit.methods import METHODS
 
 BASE = "org/base"
 WEIGHTS = (0.5, 0.3, -0.4)
@@ -257,13 +258,13 @@ def test_a_parameter_of_a_model_counts_before_one_of_all():
 
 
 def test_every_method_of_mergekit_can_be_parsed_here():
-    for name in mergekit._METHODS:
+    for name in METHODS:
         models = [{"model": f"me/e{n}"} for n in range(2)]
-        parameters = {"t": 0.5} if name == "slerp" else {"weight": 0.5} if mergekit._METHODS[name].has_weights else {}
+        parameters = {"t": 0.5} if name == "slerp" else {"weight": 0.5} if METHODS[name].has_weights else {}
         document = {"merge_method": name, "models": models, "parameters": parameters}
         if name == "slerp":
             document["base_model"] = "me/e0"
-        elif mergekit._METHODS[name].base == "needed":
+        elif METHODS[name].base == "needed":
             document["base_model"] = BASE
         body = documents.read(yaml.safe_dump(document))
         for number, expert in enumerate(body["experts"]):
