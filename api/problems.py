@@ -10,6 +10,7 @@ from django.http import Http404, HttpResponseBase, JsonResponse
 from django.http.request import RawPostDataException, UnreadablePostError
 from rest_framework import exceptions
 from rest_framework.response import Response
+from rest_framework.settings import api_settings
 
 from moerge.errors import MoergeError
 from registry import telemetry
@@ -136,7 +137,9 @@ def of_framework(error: exceptions.APIException) -> HubError:
 def faults(detail: Any, pointer: str = "") -> "list[Fault]":
     """DRF's nested messages as a flat list with JSON pointers."""
     if isinstance(detail, dict):
-        return [fault for key, inner in detail.items() for fault in faults(inner, f"{pointer}/{key}")]
+        # What the framework says of an object as a whole is no field of it.
+        places = {key: pointer if key == api_settings.NON_FIELD_ERRORS_KEY else f"{pointer}/{key}" for key in detail}
+        return [fault for key, inner in detail.items() for fault in faults(inner, places[key])]
     if isinstance(detail, list):
         inner = [part for part in detail if isinstance(part, dict | list)]
         if inner:

@@ -364,6 +364,12 @@ def test_a_recipe_with_a_character_that_no_text_has_is_refused(changes: dict, si
     assert not Merge.objects.exists()
 
 
+def test_an_object_that_is_none_is_named_by_its_own_field(ann) -> None:
+    answer = ann[1].json("POST", "/api/v1/route/merge", {"text": "a trip", "output": 5})
+    assert faults(answer) == [("/output", None)]
+    assert faults(ann[1].json("POST", "/api/v1/route/merge", [1])) == [("", None)]
+
+
 def test_start_is_a_truth_value_in_a_check_too(ann) -> None:
     answer = ann[1].json("POST", "/api/v1/merges/check", {"method": "linear", "experts": [], "start": "no"})
     assert faults(answer) == [("/start", "no")]
