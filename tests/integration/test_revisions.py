@@ -302,7 +302,7 @@ def test_a_rolled_back_commit_sends_nothing_and_a_committed_one_sends_its_first_
     owner, expert, monkeypatch, django_capture_on_commit_callbacks
 ):
     sent = []
-    monkeypatch.setattr(jobs, "send", lambda job_id, kind, **_: sent.append(kind))
+    monkeypatch.setattr(jobs, "send", lambda _job_id, kind, *_, **__: sent.append(kind))
 
     def fail_late(*_args):
         raise ZeroDivisionError
