@@ -49,6 +49,7 @@ def judge(recipe: Recipe, parents: Sequence[Parent], *, base: BaseModel) -> Judg
     recipe = _with_base(recipe, parents, base=base)
     _check_shapes(parents)
     _check_parts(parents)
+    _check_equal_ranks(recipe, parents)
     found = _cost(recipe, parents, base=base)
     if found is not None:
         _check_rank(recipe, parents, found)
@@ -255,6 +256,26 @@ def _check_parts(parents: Sequence[Parent]) -> None:
                         f"a module that {owner.name} leaves in place",
                         "Leave one of the two experts out.",
                     )
+
+
+def _check_equal_ranks(recipe: Recipe, parents: Sequence[Parent]) -> None:
+    """Raise ExpertsIncompatible where a method that merges A and B apart meets two ranks in one module."""
+    # Of methods that take whole deltas only these give a result of the largest rank.
+    if recipe.spec.form != "whole" or recipe.spec.rank_rule != "largest":
+        return
+    known: dict[str, tuple[int, Parent]] = {}
+    for parent in parents:
+        for name, module in (parent.modules or {}).items():
+            wanted, other = known.setdefault(name, (module.rank, parent))
+            if module.rank != wanted:
+                raise incompatible(
+                    f"{name} has rank {module.rank} in {parent.name} and {wanted} in {other.name}; {recipe.method}"
+                    " merges A and B apart, which takes equal ranks.",
+                    f"{parent.pointer}/expert",
+                    module.rank,
+                    wanted,
+                    "Use linear or ties, which merge deltas and take any ranks.",
+                )
 
 
 def _unlike(

@@ -19,15 +19,17 @@ SHAPES = {
 HEAD = {"base_model.model.lm_head.weight": [61, 48]}
 
 
-def parent(position: int, shapes: dict[str, tuple[int, int]], *, saved: dict[str, list[int]] | None = None) -> Parent:
+def parent(
+    position: int, shapes: dict[str, tuple[int, int]], *, saved: dict[str, list[int]] | None = None, rank: int = 4
+) -> Parent:
     expert = Expert(namespace=Namespace(name="ann"), name=f"e{position}")
-    facts = {"layout": layouts.pack(shapes, dict.fromkeys(shapes, 4)), "saved_shapes": saved or {}}
+    facts = {"layout": layouts.pack(shapes, dict.fromkeys(shapes, rank)), "saved_shapes": saved or {}}
     return Parent(position, f"{position:064x}", Revision(expert=expert, adapter_kind="lora", facts=facts))
 
 
-def judged(parents: list[Parent], **output: str) -> judging.Judgement:
+def judged(parents: list[Parent], *, method: str = "linear", **output: str) -> judging.Judgement:
     experts = [{"expert": one.name, "revision": "x", "digest": one.digest, "weight": 1.0} for one in parents]
-    recipe = recipes.parse({"method": "linear", "experts": experts, "output": output})
+    recipe = recipes.parse({"method": method, "experts": experts, "output": output})
     return judging.judge(recipe, parents, base=BaseModel(name="a/b"))
 
 
@@ -64,4 +66,17 @@ def test_a_module_is_not_replaced_and_changed_at_once(module: str, fits: bool) -
         return
     with pytest.raises(ExpertsIncompatible, match=f"ann/e0 replaces {module} as a whole, and ann/e1") as caught:
         judged(both)
+    assert [fault.pointer for fault in caught.value.faults] == ["/experts/1/expert"]
+
+
+@pytest.mark.parametrize("method", ["peft_linear", "peft_ties", "peft_dare_ties", "svd", "ties"])
+def test_methods_that_merge_factors_apart_take_equal_ranks_alone(method: str) -> None:
+    module = {"layers.0.q_proj": (48, 48)}
+    assert judged([parent(0, module), parent(1, module)], method=method).cost is not None
+    two = [parent(0, module), parent(1, module, rank=5)]
+    if not method.startswith("peft_"):
+        assert judged(two, method=method).cost is not None
+        return
+    with pytest.raises(ExpertsIncompatible, match="q_proj has rank 5 in ann/e1 and 4 in ann/e0") as caught:
+        judged(two, method=method)
     assert [fault.pointer for fault in caught.value.faults] == ["/experts/1/expert"]
