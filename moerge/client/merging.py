@@ -20,7 +20,7 @@ from moerge.client.records import File, Merge
 from moerge.client.references import Reference
 from moerge.compression import compress_delta
 from moerge.errors import ExpertsIncompatible, ParameterInvalid, RecipeInvalid
-from moerge.merging import cost, experts, full_checkpoints, run
+from moerge.merging import cost, experts, full_checkpoints, run, ternary
 from moerge.merging.recipe import Expert
 from moerge.tensors import files, strict
 
@@ -115,23 +115,13 @@ def _carry_out(ready: Ready, stage: Path, progress: Progress) -> dict[str, Any]:
     ).to_dict()
     report["warnings"] = [*ready.warnings, *report["warnings"]]
     if is_ternary:
-        dense = stage / run.DELTA_FILE
-        density = recipe.output.density or cost.TERNARY_DENSITY
-        encoded = compress_delta(
-            dense,
-            stage / run.TERNARY_FILE,
-            density=density,
-            base_model=recipe.base_model,
+        ternary.encode(
+            report,
+            stage,
+            recipe,
+            compress=compress_delta,
             progress=lambda share: progress("encoding", 0.9 + 0.1 * share),
         )
-        dense.unlink()
-        report["ternary"] = {
-            "density": density,
-            "bytes": encoded.bytes,
-            "dense_bytes": encoded.original_bytes,
-            "cosine": encoded.cosine,
-            "rel_error": encoded.rel_error,
-        }
     return report
 
 

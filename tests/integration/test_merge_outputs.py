@@ -63,8 +63,9 @@ def test_a_ternary_delta_decodes_and_the_report_tells_what_it_kept(ann, pair, tm
     assert "delta.safetensors" not in files
     (tmp_path / "delta.compeft").write_bytes(files["delta.compeft"])
     found = load(decompress(tmp_path / "delta.compeft", tmp_path / "out").read_bytes())
-    across = image = whole = 0.0
+    across = image = whole = lost = 0.0
     for name, wanted in summed().items():
+        lost += float(((found[name] - wanted) ** 2).sum())
         assert (found[name] != 0).mean() == pytest.approx(0.2, abs=1e-3)
         assert len(np.unique(found[name])) == 3
         across += float((found[name] * wanted).sum())
@@ -73,6 +74,10 @@ def test_a_ternary_delta_decodes_and_the_report_tells_what_it_kept(ann, pair, tm
     assert told["cosine"] == pytest.approx(across / (image * whole) ** 0.5, rel=1e-4)
     assert told["bytes"] == len(files["delta.compeft"]) < told["dense_bytes"] / 20
     assert told["density"] == 0.2
+    share = 1 - lost / whole
+    assert 0.1 < share < 0.9
+    assert merge.report["energy_kept"] == pytest.approx(share, rel=1e-4)
+    assert any(f"Ternary at density 0.2 keeps {share:.1%}" in text for text in merge.report["warnings"])
 
 
 def test_full_weights_are_those_of_the_base_with_the_sum_added(ann, pair, base) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from django.conf import settings
 from moerge.compression import compress_delta
 from moerge.merging import recipe as recipes
 from moerge.merging import run as merging
-from moerge.merging import sidecar
-from moerge.merging.cost import TERNARY_DENSITY
+from moerge.merging import sidecar, ternary
 from moerge.merging.recipe import Recipe
 from moerge.tensors import adapters
 from moerge.tensors.bases import BaseWeights
@@ -84,7 +82,13 @@ def compute(work: Work, merge: Merge, recipe: Recipe, parents: dict[str, Revisio
         ).to_dict()
         if recipe.output.kind == "ternary":
             work.progress(0.86, "Encoding")
-            report["ternary"] = encode(recipe, folder, lambda share: work.progress(0.86 + 0.06 * share))
+            ternary.encode(
+                report,
+                folder,
+                recipe,
+                compress=compress_delta,
+                progress=lambda share: work.progress(0.86 + 0.06 * share),
+            )
         work.progress(0.92, "Loading the result as its readers will")
         report["self_check"] = selfcheck.check(
             folder,
@@ -95,26 +99,6 @@ def compute(work: Work, merge: Merge, recipe: Recipe, parents: dict[str, Revisio
             base_shapes=merge.base_model.shapes,
         )
     return report
-
-
-def encode(recipe: Recipe, folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
-    """Make the dense task vector in `folder` ternary; returns what that kept."""
-    dense = folder / merging.DELTA_FILE
-    found = compress_delta(
-        dense,
-        folder / merging.TERNARY_FILE,
-        density=recipe.output.density or TERNARY_DENSITY,
-        base_model=recipe.base_model,
-        progress=progress,
-    )
-    dense.unlink()
-    return {
-        "density": found.density,
-        "bytes": found.bytes,
-        "dense_bytes": found.original_bytes,
-        "cosine": found.cosine,
-        "rel_error": found.rel_error,
-    }
 
 
 def parsed(merge: Merge) -> Recipe:

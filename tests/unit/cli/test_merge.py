@@ -281,6 +281,8 @@ def test_a_dense_delta_and_a_ternary_one_are_of_the_same_sum(moerge, recipe, exp
     assert sorted(content(tmp_path / "few")) == ["delta.compeft", "delta.json", "recipe.json", "report.json"]
     told = done.json["report"]["ternary"]
     assert told["density"] == 0.2
+    assert done.json["report"]["energy_kept"] == pytest.approx(1 - told["rel_error"] ** 2)
+    assert "Ternary at density 0.2 keeps" in done.err
     with compression.open_any(tmp_path / "few" / "delta.compeft") as opened:
         few = dict(opened.walk())
     kept = np.flatnonzero(few[name])
