@@ -54,7 +54,7 @@ class Merges(View):
         responses={
             200: schemas.MergeRecord,
             202: schemas.MergeRecord,
-            **schemas.problems(400, 403, 404, 409, 415, 422),
+            **schemas.problems(400, 403, 404, 409, 413, 415, 422),
         },
     )
     def post(self, request: Request) -> Response:
@@ -73,7 +73,7 @@ class MergeCheck(View):
     @extend_schema(
         operation_id="merges_check",
         request=schemas.MergeRequest,
-        responses={200: schemas.MergeCheckRecord, **schemas.problems(400, 404, 409, 415, 422)},
+        responses={200: schemas.MergeCheckRecord, **schemas.problems(400, 404, 409, 413, 415, 422)},
     )
     def post(self, request: Request) -> Response:
         body = body_of(request)
