@@ -9,15 +9,16 @@ from peft import IA3Config
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
+from moerge.compression import compress_delta
 from moerge.merging import recipe as recipes
 from moerge.merging import run as merging
+from moerge.merging import ternary
 from moerge.tensors import adapters
 from moerge.tensors.bases import BaseWeights
 from moerge.tensors.places import of_base_tensor
 from registry.errors import MergeSelfCheckFailed
 from tests import tiny, tiny_peft
 from workers import selfcheck
-from workers.jobs.merge import encode
 
 # What PEFT asks of models of transformers, and what it says of its own biases as it saves them.
 pytestmark = [
@@ -310,18 +311,23 @@ def test_a_dense_result_is_reopened_and_compared(kind, dtype, tmp_path) -> None:
     refused(out, known, pointer="line.weight")
 
 
+def encode(recipe, out):
+    """The dense delta of a folder made ternary, as the worker does it."""
+    ternary.encode({"warnings": []}, out, recipe, compress=compress_delta, progress=lambda _share: None)
+
+
 def test_a_ternary_result_has_the_signs_that_were_computed(tmp_path) -> None:
     experts = parents(tmp_path, tiny.lora(seed=1, modules=(tiny.QUERY, tiny.VALUE)), tiny.lora(seed=2))
     known = merged(tmp_path, experts, kind="ternary", density=0.2)
     out = tmp_path / "out"
     dense = load_file(out / "delta.safetensors")
-    encode(known["recipe"], out, lambda _share: None)
+    encode(known["recipe"], out)
     assert selfcheck.check(out, **known)["modules"] == 2
     name = f"{tiny.QUERY}.weight"
     save_file(dense | {name: -dense[name]}, out / "delta.safetensors", metadata={"format": "pt"})
-    encode(known["recipe"], out, lambda _share: None)
+    encode(known["recipe"], out)
     refused(out, known, pointer=name)
     dense.pop(name)
     save_file(dense, out / "delta.safetensors", metadata={"format": "pt"})
-    encode(known["recipe"], out, lambda _share: None)
+    encode(known["recipe"], out)
     refused(out, known, pointer=name)
