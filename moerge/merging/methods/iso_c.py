@@ -16,7 +16,7 @@ SPEC = Spec(
     form="core",
     rank_rule="sum",
     summary="Sum of deltas whose singular values are all replaced by their mean, so that no direction dominates.",
-    when="Four or more experts of alike strength: the best of all on the demo experts, at a scale of 1.",
+    when="Four or more experts of alike strength: with Iso-CTS the best on the demo experts, at a scale of 1.",
     paper="arXiv 2502.04959",
     parameters=(scale(),),
 )
