@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows = list(_transfers(client, hub["username"], path, Path(folder)))
             say("small requests")
             rows += _small(client, hub["username"], count=arguments.requests)
-    return [_row("seconds to ready, environment made", hub["seconds"], "s"), *rows]
+    return [row("seconds to ready, environment made", hub["seconds"], "s"), *rows]
 
 
 @contextmanager
@@ -88,13 +88,13 @@ def _transfers(client: httpx.Client, owner: str, folder: Path, scratch: Path) ->
     bare = megabytes / _seconds(lambda: _write_and_hash(weights, scratch / "copy"))
     loopback = megabytes / _seconds(lambda: _through_socket(weights))
     sent = megabytes / _seconds(lambda: upload(client, f"{owner}/bench", folder))
-    yield _row("upload, checks and commit included", sent, "MB/s", ("write + sha256 of the same bytes", bare))
+    yield row("upload, checks and commit included", sent, "MB/s", peer=("write + sha256 of the same bytes", bare))
     got: list[int] = []
     address = f"/{owner}/bench/resolve/main/adapter_model.safetensors"
     taken = megabytes / _seconds(lambda: got.append(len(client.get(address).content)))
     if got != [len(weights)]:
         raise ValueError(f"the download has {got} bytes, wanted {len(weights)}")
-    yield _row("download", taken, "MB/s", ("the same bytes through a bare socket", loopback))
+    yield row("download", taken, "MB/s", peer=("the same bytes through a bare socket", loopback))
 
 
 def upload(client: httpx.Client, expert: str, folder: Path) -> None:
@@ -123,7 +123,7 @@ def _small(client: httpx.Client, owner: str, *, count: int) -> list[dict[str, An
         ("HEAD of a file", lambda: client.head(f"/{owner}/bench/resolve/main/adapter_config.json")),
         ("route a new question, encoding included", question),
     ]
-    return [_row(name, median_ms(call, count), "ms", ("/healthz", idle)) for name, call in kinds]
+    return [row(name, median_ms(call, count), "ms", peer=("/healthz", idle)) for name, call in kinds]
 
 
 def median_ms(call: Callable[[], httpx.Response], count: int) -> float:
@@ -163,7 +163,16 @@ def _send(server: socket.socket, data: bytes) -> None:
         connection.sendall(data)
 
 
-def _row(name: str, value: float, unit: str, peer: tuple[str, float] | None = None) -> dict[str, Any]:
+def row(
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    peer: tuple[str, float] | None = None,
+    target: float | None = None,
+    met: bool | None = None,
+) -> dict[str, Any]:
+    """A row of the report, with the ratio to a peer of the same run."""
     return {
         "name": name,
         "value": value,
@@ -171,6 +180,6 @@ def _row(name: str, value: float, unit: str, peer: tuple[str, float] | None = No
         "peer": peer[0] if peer else None,
         "peer_value": peer[1] if peer else None,
         "ratio": value / peer[1] if peer else None,
-        "target": None,
-        "met": None,
+        "target": target,
+        "met": met,
     }

@@ -130,15 +130,15 @@ def _crowd(
     record = client.get(f"/api/v1/merges/{merge['id']}").raise_for_status().json()
     started, finished = (datetime.fromisoformat(record["job"][name]) for name in ("started_at", "finished_at"))
     name = f"{arguments.clients} clients at once for a new merge"
-    yield _row(f"{name}: jobs", len(jobs), "", target=1, met=len(jobs) == 1 and jobs[0] == (1,))
+    yield hub.row(f"{name}: jobs", len(jobs), "", target=1, met=len(jobs) == 1 and jobs[0] == (1,))
     results = len({digest for digest, _, _ in got})
-    yield _row(f"{name}: different results", results, "", target=1, met=results == 1)
-    yield _row(f"{name}: seconds to the last byte", max(seconds for _, seconds, _ in got), "s")
-    yield _row(f"{name}: median client", float(np.median([seconds for _, seconds, _ in got])), "s")
-    yield _row(f"{name}: the computation itself", (finished - started).total_seconds(), "s")
-    yield _row(f"{name}: told to come again", sum(told for _, _, told in got), "answers")
+    yield hub.row(f"{name}: different results", results, "", target=1, met=results == 1)
+    yield hub.row(f"{name}: seconds to the last byte", max(seconds for _, seconds, _ in got), "s")
+    yield hub.row(f"{name}: median client", float(np.median([seconds for _, seconds, _ in got])), "s")
+    yield hub.row(f"{name}: the computation itself", (finished - started).total_seconds(), "s")
+    yield hub.row(f"{name}: told to come again", sum(told for _, _, told in got), "answers")
     before, during = (float(np.percentile(times, 95)) for times in (idle, meanwhile))
-    yield _row(
+    yield hub.row(
         f"{name}: /healthz p95 meanwhile",
         during,
         "ms",
@@ -228,7 +228,7 @@ def _cached(
     """A file of a merge that is there, beside the same file of an ordinary expert."""
     paths = [f"/{name}/resolve/main/adapter_model.safetensors" for name in (merge["repo"], expert)]
     queries = _queries(paths, home)
-    yield _row(
+    yield hub.row(
         "a file of a merge that is there: queries",
         queries[0],
         "",
@@ -239,8 +239,8 @@ def _cached(
     with httpx.Client(base_url=client.base_url, timeout=60, trust_env=False) as reader:
         merged, ordinary = (hub.median_ms(lambda path=path: reader.get(path), count) for path in paths)  # type: ignore[misc]
         heads = [hub.median_ms(lambda path=path: reader.head(path), count) for path in paths]  # type: ignore[misc]
-    yield _row("a file of a merge that is there: GET", merged, "ms", peer=("of an expert", ordinary))
-    yield _row("a file of a merge that is there: HEAD", heads[0], "ms", peer=("of an expert", heads[1]))
+    yield hub.row("a file of a merge that is there: GET", merged, "ms", peer=("of an expert", ordinary))
+    yield hub.row("a file of a merge that is there: HEAD", heads[0], "ms", peer=("of an expert", heads[1]))
 
 
 def _queries(paths: list[str], home: Path) -> list[int]:
@@ -260,24 +260,3 @@ def _queries(paths: list[str], home: Path) -> list[int]:
     if done.returncode:
         raise OSError(f"the queries could not be counted: {done.stderr[-2000:]}")
     return [int(line) for line in done.stdout.split()]
-
-
-def _row(
-    name: str,
-    value: float,
-    unit: str,
-    *,
-    peer: tuple[str, float] | None = None,
-    target: float | None = None,
-    met: bool | None = None,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "peer": peer[0] if peer else None,
-        "peer_value": peer[1] if peer else None,
-        "ratio": value / peer[1] if peer else None,
-        "target": target,
-        "met": met,
-    }

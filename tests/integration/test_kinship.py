@@ -7,16 +7,15 @@ import pytest
 from safetensors.numpy import load, save
 
 from registry import jobs
-from registry.models import Expert, Job, Kinship, Revision
+from registry.models import Job, Kinship
 from registry.services import experts, kinship
 from tests import tiny
 from tests.integration import hf
+from tests.integration.merges import FIRST, SECOND, ready
 from workers import runner
 
 pytestmark = pytest.mark.django_db
 
-FIRST = tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE))
-SECOND = tiny.lora(seed=2, rank=5, alpha=2, modules=(tiny.VALUE,))
 THIRD = tiny.lora(seed=3, rank=3, alpha=3, modules=(tiny.QUERY,))
 CHECK = "/api/v1/merges/check"
 
@@ -24,12 +23,6 @@ CHECK = "/api/v1/merges/check"
 @pytest.fixture
 def ann():
     return hf.person("ann", ["read", "write", "merge"])
-
-
-def ready(user, name: str, files: dict[str, bytes], *, private: bool = False) -> Expert:
-    made = hf.expert(user, name, files, private=private)
-    Revision.objects.filter(expert=made).update(state=Revision.State.READY)
-    return made
 
 
 @pytest.fixture

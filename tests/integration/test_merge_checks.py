@@ -8,29 +8,22 @@ import pytest
 from safetensors.numpy import load, save
 
 from moerge.merging.cost import FIXED_BYTES
-from registry.models import BaseModel, Expert, Job, Kinship, Merge, Revision
+from registry.models import BaseModel, Job, Kinship, Merge, Revision
 from registry.services import base_weights, bases, experts, layouts, merges
 from tests import tiny
 from tests.integration import hf
+from tests.integration.merges import FIRST, SECOND, ready
 
 pytestmark = pytest.mark.django_db
 
 KEY = "encoder.layer.0.attention.self.key"
 EMBEDDING = "embeddings.word_embeddings"
-FIRST = tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE))
-SECOND = tiny.lora(seed=2, rank=5, alpha=2, modules=(tiny.VALUE,))
 DOORS = ("/api/v1/merges/check", "/api/v1/merges")
 
 
 @pytest.fixture
 def ann():
     return hf.person("ann", ["read", "write", "merge"])
-
-
-def ready(user, name: str, files: dict[str, bytes], *, private: bool = False) -> Expert:
-    made = hf.expert(user, name, files, private=private)
-    Revision.objects.filter(expert=made).update(state=Revision.State.READY)
-    return made
 
 
 @pytest.fixture

@@ -12,11 +12,10 @@ from registry.models import Expert, Job, Kinship, Merge, Revision, User
 from registry.services import catalogues, experts, kinship, merges, recipes
 from tests import tiny
 from tests.integration import hf
+from tests.integration.merges import FIRST, SECOND
 from workers import runner
 
 pytestmark = pytest.mark.django_db
-FIRST = tiny.lora(seed=1, rank=2, alpha=6, modules=(tiny.QUERY, tiny.VALUE))
-SECOND = tiny.lora(seed=2, rank=5, alpha=2, modules=(tiny.VALUE,))
 FORM = {
     "base_model": tiny.BASE,
     "expert": ["ann/first", "ann/second"],
