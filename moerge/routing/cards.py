@@ -18,14 +18,20 @@ _NAME_SEPARATORS = re.compile(r"[-_.]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One expert in words: its id, the base model it works on, and what its uploader wrote."""
+    """One expert in words: its id, the base model it works on, and what its uploader wrote.
+
+    `number` and `revision` are the expert's and its revision's numbers in the hub; routing carries them along.
+    """
 
     expert: str
     base_model: str
     name: str
     description: str = ""
     examples: tuple[str, ...] = ()
-    revision: str = ""
+    tags: tuple[str, ...] = ()
+    instruction: str = ""
+    number: int = 0
+    revision: int = 0
 
 
 def tokens(text: str) -> list[str]:

@@ -30,7 +30,8 @@ class Hit:
     """
 
     expert: str
-    revision: str
+    number: int
+    revision: int
     base_model: str
     score: float
     confidence: str
@@ -137,6 +138,7 @@ def _hit(part: Partition, candidates: Candidates, place: int, score: float, spec
     matched = int(candidates.matched[place])
     return Hit(
         expert=card.expert,
+        number=card.number,
         revision=card.revision,
         base_model=card.base_model,
         score=score,

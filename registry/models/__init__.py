@@ -5,7 +5,16 @@ from registry.models.bases import BaseAlias, BaseModel
 from registry.models.experts import Blob, Encoded, Evaluation, Expert, File, Ref, Revision
 from registry.models.jobs import Job
 from registry.models.merges import Kinship, Merge, MergeParent, Method, Recipe
-from registry.models.routing import Embedding, RoutingChange, RoutingClock
+from registry.models.routing import (
+    Embedding,
+    Encoder,
+    Fingerprint,
+    Neighbour,
+    RoutingChange,
+    RoutingClock,
+    RoutingEvaluation,
+    RoutingSnapshot,
+)
 from registry.models.uploads import Upload, UploadFile
 
 __all__ = [
@@ -16,9 +25,11 @@ __all__ = [
     "Blob",
     "Embedding",
     "Encoded",
+    "Encoder",
     "Evaluation",
     "Expert",
     "File",
+    "Fingerprint",
     "Job",
     "Kinship",
     "Membership",
@@ -26,11 +37,14 @@ __all__ = [
     "MergeParent",
     "Method",
     "Namespace",
+    "Neighbour",
     "Recipe",
     "Ref",
     "Revision",
     "RoutingChange",
     "RoutingClock",
+    "RoutingEvaluation",
+    "RoutingSnapshot",
     "Upload",
     "UploadFile",
     "User",

@@ -44,6 +44,9 @@ class Expert(models.Model):
     base_model = models.ForeignKey(BaseModel, null=True, blank=True, on_delete=models.PROTECT, related_name="experts")
     description = models.TextField(blank=True)
     examples = ArrayField(models.TextField(), default=list, blank=True)
+    # What the expert does, as an order to somebody; written by the uploader, or by the describe job.
+    instruction = models.TextField(blank=True)
+    is_instruction_generated = models.BooleanField(default=False)
     licence = models.CharField(max_length=64, blank=True)
     tags = ArrayField(models.CharField(max_length=80), default=list, blank=True)
     adapter_kind = models.CharField(max_length=24, blank=True)

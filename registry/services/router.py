@@ -234,7 +234,8 @@ def _card(change: RoutingChange) -> cards.Card:
         name=known["name"],
         description=known["description"],
         examples=tuple(known["examples"]),
-        revision=str(change.revision_id),
+        number=change.expert_id,
+        revision=change.revision_id or 0,
     )
 
 
@@ -246,7 +247,7 @@ def _matrix(rows: Sequence[bytes]) -> NDArray[np.float16]:
 
 def _hit(state: State, hit: Hit, *, explain: bool) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "revision": int(hit.revision),
+        "revision": hit.revision,
         "score": hit.score,
         "confidence": hit.confidence,
         "parts": dict(hit.parts),

@@ -193,7 +193,8 @@ def card_of(expert: Expert, revision: Revision) -> cards.Card:
         name=expert.name,
         description=expert.description,
         examples=tuple(expert.examples),
-        revision=str(revision.pk),
+        number=expert.pk,
+        revision=revision.pk,
     )
 
 

@@ -29,7 +29,13 @@ def entry(
 ) -> Entry:
     """An entry with given vectors (description first), or with seeded ones."""
     card = Card(
-        expert=expert, base_model=base, name=name, description=description, examples=examples, revision="r-" + expert
+        expert=expert,
+        base_model=base,
+        name=name,
+        description=description,
+        examples=examples,
+        number=1 + hash_of(expert),
+        revision=7,
     )
     if vectors is None:
         rng = np.random.default_rng(abs(hash_of(expert)) + seed)

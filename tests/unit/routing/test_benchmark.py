@@ -13,7 +13,8 @@ def hits(*pairs):
     return tuple(
         Hit(
             expert=expert,
-            revision="",
+            number=0,
+            revision=0,
             base_model="b",
             score=score,
             confidence="low",

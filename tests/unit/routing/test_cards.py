@@ -42,7 +42,7 @@ def test_the_document_keeps_a_long_description_whole():
 def test_the_digest_changes_with_the_texts_and_with_nothing_else():
     first = card(description="d", examples=("x", "y"))
     assert cards.digest(first) == cards.digest(
-        card(description="d", examples=("x", "y", " "), revision="2", expert="o/f")
+        card(description="d", examples=("x", "y", " "), revision=2, expert="o/f")
     )
     others = [
         card(description="d", examples=("y", "x")),

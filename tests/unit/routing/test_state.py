@@ -12,7 +12,7 @@ from moerge.errors import IndexInvalid, QueryInvalid
 from moerge.routing import cards, partition
 from moerge.routing.base import Query
 from moerge.routing.state import State
-from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, state, unit
+from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, hash_of, state, unit
 
 
 def plain(entries, query: Query, strategy: str = "hybrid") -> list[tuple[str, float]]:
@@ -76,7 +76,7 @@ def test_the_score_of_one_card_equals_the_value_worked_out_by_hand():
     first, second = made.rank(Query(text="salt", vector=unit(0.6, 0.8)), base_model="base/a").hits
     b = 0.6931472 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 4 / 3.5))
     dense = 0.6 * 0.8 + 0.2 * 0.0 + 0.2 * 0.98995
-    assert (first.expert, first.revision, first.base_model) == ("o/a", "r-o/a", "base/a")
+    assert (first.expert, first.number, first.revision, first.base_model) == ("o/a", 1 + hash_of("o/a"), 7, "base/a")
     assert first.score == pytest.approx(0.6 * dense + 0.4 * b / (b + 20), abs=3e-4)
     assert first.parts == pytest.approx({"s_ex": 0.8, "s_desc": 0.0, "s_cen": 0.98995, "bm25": b}, abs=5e-4)
     assert (first.matched_example_index, first.confidence) == (1, "medium")
