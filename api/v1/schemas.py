@@ -227,7 +227,9 @@ class RouteResult(s.Serializer[Any]):
 class RouteAnswer(s.Serializer[Any]):
     results = RouteResult(many=True, required=False)
     abstained = s.BooleanField(required=False)
+    best_score = s.FloatField(required=False, allow_null=True, help_text="Of what the caller may see, also below it.")
     min_score = s.FloatField(required=False, help_text="The threshold that was used.")
+    default_min_score = s.FloatField(required=False, help_text="The threshold where the request names none.")
     strategy = s.CharField(required=False)
     degraded = s.BooleanField(required=False, help_text="Words alone decided, because the encoder is still loading.")
     answers = s.ListField(child=s.JSONField(), required=False, help_text="One answer for each of `texts`.")

@@ -58,8 +58,8 @@ def route(
 ) -> dict[str, Any]:
     """The experts for a text, or for each of several: what `POST /api/v1/route` answers.
 
-    An answer is empty and `abstained` when its best score is below `min_score`; by default that is the strategy's own
-    threshold, .30 in a large catalogue and lower among few experts.
+    An answer is empty and `abstained` when its `best_score` is below `min_score`; by default that is the strategy's own
+    threshold, .30 in a large catalogue and lower among few experts. `default_min_score` tells it in any case.
     `degraded` tells that words alone decided because the encoder is still loading; `embedding_model` is None then.
     Raises QueryInvalid, TooLarge, BaseUnknown, and IndexNotReady when the router is away or behind `min_seq`.
     """
@@ -344,7 +344,9 @@ def _answer(asked: Asked, ranking: dict[str, Any], wanted: str) -> dict[str, Any
     return {
         "results": [] if abstained else [_result(hit, row) for hit, row in hits],
         "abstained": abstained,
+        "best_score": hits[0][0]["score"] if hits else None,
         "min_score": threshold,
+        "default_min_score": ranking["min_score"],
         "strategy": ranking["strategy"],
         "degraded": ranking["strategy"] != wanted,
     }

@@ -139,6 +139,7 @@ def test_an_answer_below_the_threshold_is_empty_and_says_so(experts):
     best = routing.route(**ask)["results"][0]["score"]
     above = routing.route(**ask, min_score=best + 0.01)
     assert (above["results"], above["abstained"], above["min_score"]) == ([], True, best + 0.01)
+    assert (above["best_score"], above["default_min_score"]) == (best, 0.131)
     at = routing.route(**ask, min_score=best)
     assert (len(at["results"]), at["abstained"]) == (3, False)
     off_topic = routing.route(**{**ask, "text": "zxqv wvut"})
