@@ -36,11 +36,11 @@ class Migration(migrations.Migration):
                 ('max_tokens', models.PositiveIntegerField()),
                 ('prefix', models.CharField(blank=True, max_length=200)),
                 ('thresholds', models.JSONField(blank=True, default=dict)),
-                ('state', models.CharField(choices=[('preparing', 'Preparing'), ('ready', 'Ready'), ('active', 'Active'), ('retired', 'Retired')], default='preparing', max_length=12)),
+                ('state', models.CharField(choices=[('idle', 'Idle'), ('preparing', 'Preparing'), ('active', 'Active')], default='idle', max_length=12)),
                 ('created_at', models.DateTimeField(auto_now_add=True)),
             ],
             options={
-                'constraints': [models.UniqueConstraint(condition=models.Q(('state', 'active')), fields=('state',), name='encoder_active_once')],
+                'constraints': [models.UniqueConstraint(condition=models.Q(('state', 'idle'), _negated=True), fields=('state',), name='encoder_in_use_once')],
             },
         ),
         migrations.CreateModel(

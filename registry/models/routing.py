@@ -13,10 +13,9 @@ class Encoder(models.Model):
     """A text encoder that vectors are made with; queries are answered by the active one."""
 
     class State(models.TextChoices):
-        PREPARING = "preparing"  # cards are being embedded with it
-        READY = "ready"
+        IDLE = "idle"  # known, and not kept up
+        PREPARING = "preparing"  # cards are embedded with it beside the active one, which it will replace
         ACTIVE = "active"
-        RETIRED = "retired"
 
     id = models.CharField(primary_key=True, max_length=120)
     folder = models.CharField(max_length=400, blank=True)  # empty: the packaged encoder
@@ -25,12 +24,12 @@ class Encoder(models.Model):
     prefix = models.CharField(max_length=200, blank=True)  # put before queries, never before cards
     # Strategy name -> min_score, relief, medium, high, where they differ from those of the packaged encoder.
     thresholds = models.JSONField(default=dict, blank=True)
-    state = models.CharField(max_length=12, choices=State.choices, default=State.PREPARING)
+    state = models.CharField(max_length=12, choices=State.choices, default=State.IDLE)
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         constraints: ClassVar = [
-            models.UniqueConstraint(fields=["state"], name="encoder_active_once", condition=models.Q(state="active")),
+            models.UniqueConstraint(fields=["state"], name="encoder_in_use_once", condition=~models.Q(state="idle")),
         ]
 
     def __str__(self) -> str:
