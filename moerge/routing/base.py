@@ -1,7 +1,7 @@
 """What every route strategy is made of: its SPEC, the query it is asked and the candidates it scores."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ class Spec:
     relief: float
     medium: float
     high: float
+    needs_tags: bool = False
     paper: str = ""
 
     def threshold(self, expert_count: int) -> float:
@@ -63,16 +64,24 @@ class Candidates:
     """The experts considered, as columns of equal length n.
 
     s_ex: best cosine with an example (the description's where there is none); s_desc: cosine with the description;
-    s_cen: cosine with the examples' centroid (the description's where there is none); all 0 without query vector.
+    s_cen: cosine with the examples' centroid (the description's where there is none); s_ins: cosine with the written
+    instruction (the description's where there is none); all 0 without query vector.
     matched: position of the best example on the card, -1 where there is none or no query vector.
+    Of tags only a strategy with `needs_tags` is told, else both arrays are empty. tag_cosines: (T,) of every tag on the
+    base model, cosine with its centroid, which is the unit mean of the centroids of all experts that carry it.
+    tagged: (m, 2) integers, one row for each tag that a candidate carries: the candidate's place and the tag's,
+    in ascending order.
     """
 
     experts: tuple[str, ...]
     s_ex: NDArray[np.float64]
     s_desc: NDArray[np.float64]
     s_cen: NDArray[np.float64]
+    s_ins: NDArray[np.float64]
     bm25: NDArray[np.float64]
     matched: NDArray[np.int64]
+    tag_cosines: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    tagged: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     has_vector: bool = True
 
 

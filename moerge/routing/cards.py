@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,22 +46,32 @@ def used_examples(card: Card) -> tuple[str, ...]:
 
 
 def texts(card: Card) -> tuple[str, ...]:
-    """The texts to encode: first `name. description`, then one per used example.
+    """The texts to encode: first `name. description`, then one per used example, last the instruction if there is one.
 
     Names of repositories write words with hyphens, which an encoder reads as signs of their own, so the name is
     given in plain words.
     """
-    return (f"{_NAME_SEPARATORS.sub(' ', card.name)}. {card.description}".strip(), *used_examples(card))
+    named = f"{_NAME_SEPARATORS.sub(' ', card.name)}. {card.description}".strip()
+    return (named, *used_examples(card), *((card.instruction,) if has_instruction(card) else ()))
+
+
+def has_instruction(card: Card) -> bool:
+    """Whether somebody wrote, with a visible character, what the expert does."""
+    return bool(card.instruction.strip())
 
 
 def document(card: Card) -> str:
-    """The text that BM25 reads: name, description and examples, whole and uncut."""
+    """The text that BM25 reads: name, description and examples, whole and uncut; not the instruction."""
     return "\n".join((card.name, card.description, *used_examples(card)))
 
 
 def digest(card: Card) -> str:
-    """SHA-256 of the encoded texts: cards of equal digest have equal vectors."""
-    return hashlib.sha256(json.dumps(texts(card), ensure_ascii=True).encode()).hexdigest()
+    """SHA-256 of the encoded texts and what they are: cards of equal digest have equal vectors."""
+    encoded: list[Any] = list(texts(card))
+    if has_instruction(card):
+        # Else a card whose only other text is this one as an example would have the same digest.
+        encoded[-1] = {"instruction": card.instruction}
+    return hashlib.sha256(json.dumps(encoded, ensure_ascii=True).encode()).hexdigest()
 
 
 def centroid(examples: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -74,9 +85,10 @@ def centroid(examples: NDArray[np.float32]) -> NDArray[np.float32]:
 class Entry:
     """A card with its vectors, ready for the index; never changed once made.
 
-    `vectors` is (2 + examples, d): row 0 the description, row 1 the centroid of the examples, then the examples.
-    Without examples row 1 repeats the description, as the score wants it. The values are those of float16, in
-    which the hub stores them, so that an index built from rows and one built from texts give the same scores.
+    `vectors` is (2 + examples [+ 1], d): row 0 the description, row 1 the centroid of the examples, then the examples,
+    last the instruction of a card that has one. Without examples row 1 repeats the description, as the score wants it.
+    The values are those of float16, in which the hub stores them, so that an index built from rows and one built from
+    texts give the same scores.
     """
 
     card: Card
@@ -85,18 +97,19 @@ class Entry:
 
 
 def entry(card: Card, vectors: NDArray[np.float32]) -> Entry:
-    """Join a card with the fresh vectors of `texts(card)`: (1 + used examples, d) unit rows.
+    """Join a card with the fresh vectors of `texts(card)`: one unit row (d,) for each.
 
     Raises IndexInvalid when their number is not that of the texts.
     """
     _check_count(card, vectors, wanted=len(texts(card)))
     rounded = vectors.astype(np.float16).astype(np.float32)
-    middle = centroid(rounded[1:]) if len(rounded) > 1 else rounded[0]
+    examples = rounded[1 : len(rounded) - has_instruction(card)]
+    middle = centroid(examples) if len(examples) else rounded[0]
     return restored(card, np.concatenate([rounded[:1], middle[None, :], rounded[1:]]).astype(np.float16))
 
 
 def restored(card: Card, rows: NDArray[np.float16]) -> Entry:
-    """Join a card with its stored rows: description, centroid, then examples: (2 + used examples, d).
+    """Join a card with its stored rows: description, centroid, examples, instruction: (1 + texts, d).
 
     Raises IndexInvalid when their number is not that of the card.
     """

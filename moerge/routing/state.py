@@ -115,7 +115,7 @@ class State:
             parts = [self.partitions[base_model]] if base_model in self.partitions else []
         hits: list[Hit] = []
         for part in parts:
-            candidates = part.candidates(query, depth=depth, allow=allow)
+            candidates = part.candidates(query, depth=depth, allow=allow, with_tags=chosen.SPEC.needs_tags)
             scores = np.round(chosen.score(query, candidates), _DIGITS)
             order = np.lexsort((np.array(candidates.experts, dtype=object), -scores))
             order = order if limit is None else order[: limit + 1]

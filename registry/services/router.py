@@ -32,6 +32,9 @@ POLL_SECONDS = 1.0
 WAIT_SECONDS = 2.0
 _ROWS_AT_ONCE = 500
 
+# In the order of the rows of an entry.
+_ROW_KINDS = ("description", "centroid", "example", "instruction")
+
 
 def load_encoder() -> "Encoder":
     """The packaged encoder; importing it is the slow part."""
@@ -218,7 +221,7 @@ def _entries(changes: Sequence[RoutingChange]) -> Iterator[tuple[int, cards.Entr
             rows.setdefault(revision_id, {}).setdefault(kind, []).append(bytes(vector))
         for change in some:
             own = rows.get(change.revision_id or 0, {})
-            ordered = [vector for kind in ("description", "centroid", "example") for vector in own.get(kind, ())]
+            ordered = [vector for kind in _ROW_KINDS for vector in own.get(kind, ())]
             try:
                 yield change.seq, cards.restored(_card(change), _matrix(ordered))
             except IndexInvalid as error:
@@ -234,6 +237,9 @@ def _card(change: RoutingChange) -> cards.Card:
         name=known["name"],
         description=known["description"],
         examples=tuple(known["examples"]),
+        # A change of an older version has neither.
+        tags=tuple(known.get("tags", ())),
+        instruction=known.get("instruction", ""),
         number=change.expert_id,
         revision=change.revision_id or 0,
     )

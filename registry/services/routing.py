@@ -102,7 +102,8 @@ def embed(revision: Revision) -> dict[str, Any]:
     encoder, vectors = router_link.encode(list(cards.texts(card)))
     entry = cards.entry(card, vectors)
     kinds = [(Embedding.Kind.DESCRIPTION, 0), (Embedding.Kind.CENTROID, 0)]
-    kinds += [(Embedding.Kind.EXAMPLE, position) for position in range(len(entry.vectors) - len(kinds))]
+    kinds += [(Embedding.Kind.EXAMPLE, position) for position in range(len(cards.used_examples(card)))]
+    kinds += [(Embedding.Kind.INSTRUCTION, 0)] if cards.has_instruction(card) else []
     with transaction.atomic():
         # Two runs of the same job take turns here, and the later one finds nothing to complain about.
         Revision.objects.select_for_update().get(pk=revision.pk)
@@ -193,6 +194,8 @@ def card_of(expert: Expert, revision: Revision) -> cards.Card:
         name=expert.name,
         description=expert.description,
         examples=tuple(expert.examples),
+        tags=tuple(expert.tags),
+        instruction=expert.instruction,
         number=expert.pk,
         revision=revision.pk,
     )
@@ -217,6 +220,8 @@ def _record(card: cards.Card) -> dict[str, Any]:
         "name": card.name,
         "description": card.description,
         "examples": list(card.examples),
+        "tags": list(card.tags),
+        "instruction": card.instruction,
     }
 
 

@@ -24,22 +24,26 @@ def entry(
     name: str = "name",
     description: str = "",
     examples: tuple[str, ...] = (),
+    tags: tuple[str, ...] = (),
+    instruction: str = "",
     vectors: list[np.ndarray] | None = None,
     seed: int = 0,
 ) -> Entry:
-    """An entry with given vectors (description first), or with seeded ones."""
+    """An entry with given vectors (one for each of its texts, in order), or with seeded ones."""
     card = Card(
         expert=expert,
         base_model=base,
         name=name,
         description=description,
         examples=examples,
+        tags=tags,
+        instruction=instruction,
         number=1 + hash_of(expert),
         revision=7,
     )
     if vectors is None:
         rng = np.random.default_rng(abs(hash_of(expert)) + seed)
-        rows = rng.normal(size=(1 + len(cards.used_examples(card)), DIMENSION))
+        rows = rng.normal(size=(len(cards.texts(card)), DIMENSION))
         vectors = list((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32))
     return cards.entry(card, np.array(vectors, dtype=np.float32))
 

@@ -24,6 +24,13 @@ def test_the_name_and_description_are_one_text_and_each_example_another():
     assert made == ("bank help desk v2. Answers.", "a", "b")
 
 
+def test_a_written_instruction_is_the_last_text_and_no_words_of_the_document():
+    made = card(description="d", examples=("x",), instruction="Translate it.")
+    assert cards.texts(made) == ("n. d", "x", "Translate it.")
+    assert "translate" not in cards.tokens(cards.document(made))
+    assert cards.texts(card(instruction=" \n")) == ("n.",)
+
+
 def test_an_empty_description_leaves_the_name():
     assert cards.texts(card(name="kitchen")) == ("kitchen.",)
 
@@ -49,8 +56,10 @@ def test_the_digest_changes_with_the_texts_and_with_nothing_else():
         card(description="d", examples=("xy",)),
         card(description="e", examples=("x", "y")),
         card(name="m", description="d", examples=("x", "y")),
+        card(description="d", examples=("x",), instruction="y"),
+        card(description="d", examples=("x", "y"), instruction="y"),
     ]
-    assert len({cards.digest(other) for other in [first, *others]}) == 5
+    assert len({cards.digest(other) for other in [first, *others]}) == 7
 
 
 def test_the_centroid_is_the_normalised_mean():
@@ -72,6 +81,16 @@ def test_rows_of_an_entry_are_description_centroid_examples():
 def test_without_examples_the_description_stands_for_the_centroid():
     made = cards.entry(card(), np.array([unit(3, 4)]))
     assert made.vectors == pytest.approx(np.array([unit(3, 4)] * 2), abs=5e-4)
+
+
+@pytest.mark.parametrize("examples", [(), ("a",), ("a", "b")])
+def test_the_instruction_is_the_last_row_and_no_part_of_the_centroid(examples):
+    rows = [unit(0, 0, 1), unit(1), unit(0, 1)][: 1 + len(examples)]
+    plain = cards.entry(card(examples=examples), np.array(rows))
+    made = cards.entry(card(examples=examples, instruction="i"), np.array([*rows, unit(0, 0, 0, 1)]))
+    assert np.array_equal(made.vectors[:-1], plain.vectors)
+    assert made.vectors[-1] == pytest.approx(unit(0, 0, 0, 1))
+    assert np.array_equal(cards.restored(made.card, made.vectors.astype(np.float16)).vectors, made.vectors)
 
 
 def test_an_entry_is_the_same_after_storing_its_rows_as_float16():

@@ -103,6 +103,50 @@ def test_cards_with_few_and_many_examples_stand_side_by_side(count):
     assert_same(ranked(state(*entries).rank(query).hits), plain(entries, query))
 
 
+def columns(entries, query, **options):
+    """Candidates of all these entries, by expert."""
+    made = state(*entries).partitions["base/a"].candidates(query, allow=[e.card.expert for e in entries], **options)
+    return made, {expert: place for place, expert in enumerate(made.experts)}
+
+
+def test_the_instruction_has_a_cosine_of_its_own_and_competes_for_no_other_part():
+    rows = [unit(0, 1), unit(1, 1), unit(1, 3)]
+    plain = entry("o/plain", examples=("x", "y"), vectors=rows)
+    written = entry("o/written", examples=("x", "y"), instruction="i", vectors=[*rows, unit(1)])
+    bare = entry("o/bare", instruction="i", vectors=[unit(0, 1), unit(1)])
+    made, at = columns([plain, written, bare], Query(text="q", vector=unit(1)))
+    assert made.s_ins[[at["o/plain"], at["o/written"], at["o/bare"]]] == pytest.approx([0, 1, 1])
+    for part in ("s_ex", "s_desc", "s_cen", "matched"):
+        assert getattr(made, part)[at["o/written"]] == getattr(made, part)[at["o/plain"]]
+    assert made.s_ex[at["o/written"]] == pytest.approx(math.sqrt(0.5), abs=1e-3)
+    assert (made.s_ex[at["o/bare"]], made.s_cen[at["o/bare"]], made.matched[at["o/bare"]]) == (0, 0, -1)
+
+
+def test_a_tag_stands_where_the_centroids_of_its_experts_do():
+    entries = [
+        entry("o/a", examples=("x",), tags=("cook", "bake"), vectors=[unit(0, 0, 1), unit(1)]),
+        entry("o/b", tags=("cook", "cook"), vectors=[unit(0, 1)]),
+        entry("o/c", vectors=[unit(0, 1)]),
+    ]
+    made, at = columns(entries, Query(text="q", vector=unit(1)), with_tags=True)
+    # Tags in order: bake with o/a alone (cosine 1), cook with the mean of o/a and o/b (cosine sqrt 1/2).
+    assert made.tag_cosines == pytest.approx([1, math.sqrt(0.5)], abs=1e-3)
+    assert made.tagged.tolist() == sorted([[at["o/a"], 0], [at["o/a"], 1], [at["o/b"], 1]])
+
+
+def test_tags_are_told_to_none_that_does_not_ask_and_to_none_without_vector():
+    entries = [entry("o/a", tags=("cook",))]
+    for query, options in ((question(1), {}), (question(1, vector=False), {"with_tags": True})):
+        made, _ = columns(entries, query, **options)
+        assert (made.tag_cosines.shape, made.tagged.shape) == ((0,), (0, 2))
+
+
+def test_a_tag_that_nobody_carries_any_more_is_gone():
+    grown = state(entry("o/a", tags=("cook", "bake")), entry("o/b", tags=("cook",)))
+    left = grown.changed(seq=2, removed={"o/a"}).partitions["base/a"].candidates(question(1), with_tags=True)
+    assert (len(left.tag_cosines), left.tagged.tolist()) == (1, [[0, 0]])
+
+
 def test_equal_scores_are_ordered_by_expert_id():
     twins = [entry(f"o/{name}", examples=("x",), vectors=[unit(1, 1), unit(1, 2)]) for name in "dbeac"]
     filler = crowd(20, seed=5)

@@ -12,6 +12,7 @@ CANDIDATES = Candidates(
     s_ex=np.array([0.9, 0.1]),
     s_desc=np.array([0.5, 0.7]),
     s_cen=np.array([0.3, 0.2]),
+    s_ins=np.array([0.4, 0.6]),
     bm25=np.array([5.0, 60.0]),
     matched=np.array([1, -1]),
 )
@@ -35,7 +36,7 @@ def test_scores_equal_those_worked_out_by_hand(name):
 
 @pytest.mark.parametrize("name", sorted(WORKED))
 def test_a_strategy_scores_no_candidates_without_complaint(name):
-    none = Candidates(experts=(), **dict.fromkeys(("s_ex", "s_desc", "s_cen", "bm25", "matched"), np.zeros(0)))
+    none = Candidates(experts=(), **dict.fromkeys(("s_ex", "s_desc", "s_cen", "s_ins", "bm25", "matched"), np.zeros(0)))
     assert routing.catalogue()[name].score(Query(text="q"), none).shape == (0,)
 
 
