@@ -3,101 +3,131 @@
     b(q, e) = sum over distinct t in q of  idf(t) * f(t, e) * (k1 + 1) / (f(t, e) + k1 * (1 - b + b * |e| / mean|e|))
     idf(t)  = ln(1 + (N - n(t) + 1/2) / (n(t) + 1/2))
 
-The idf is never negative, so a word on every card adds little but never counts against a card.
+The idf is never negative, so a word on every card adds little but never counts against a card. N, n(t) and mean|e|
+are counted over all documents in use, wherever they are stored, so where they are stored changes no score.
 """
 
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moerge.routing import cards
+from moerge.routing.strings import Strings
 
 K1 = 1.2
 B = 0.75
 
 
-@dataclass(frozen=True, eq=False)
-class Postings:
-    """Where one term occurs: slots, ascending, and how often in each."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Words:
+    """The words of numbered documents: postings of term t stand from `starts[t]` to `starts[t + 1]`."""
 
-    slots: NDArray[np.int64]
-    frequencies: NDArray[np.float64]
+    terms: Strings  # ascending
+    starts: NDArray[np.int64]  # (terms + 1,)
+    slots: NDArray[np.int32]  # (postings,) documents that have the term, ascending within each
+    frequencies: NDArray[np.int32]  # (postings,) how often they have it
+    lengths: NDArray[np.int64]  # (documents,) words in each
+
+    def postings(self, term: str) -> slice:
+        """Where the postings of a term stand; an empty slice for an unknown one."""
+        place = self.terms.find(term)
+        return slice(0, 0) if place < 0 else slice(int(self.starts[place]), int(self.starts[place + 1]))
 
 
-@dataclass(frozen=True, eq=False)
-class Bm25:
-    """An immutable index: a change makes a new one that shares the postings of every untouched term."""
+class Collector:
+    """Takes in documents one by one and makes Words of them."""
 
-    terms: Mapping[str, Postings]
-    lengths: NDArray[np.float64]  # (slots,) words per document, 0 where the slot is empty
-    document_count: int
+    def __init__(self) -> None:
+        self._terms: dict[str, int] = {}
+        self._term_of = array("i")
+        self._frequencies = array("i")
+        self._distinct = array("i")
+        self._lengths = array("q")
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Take in the next document, given as word -> count."""
+        terms = self._terms
+        self._term_of.extend([terms.setdefault(term, len(terms)) for term in counts])
+        self._frequencies.extend(counts.values())
+        self._distinct.append(len(counts))
+        self._lengths.append(sum(counts.values()))
+
+    def words(self, order: NDArray[np.int64]) -> Words:
+        """All documents, the one taken in at `order[i]` as number i: (documents,) -> Words."""
+        names = sorted(self._terms)
+        term_rank = np.empty(len(names), dtype=np.int64)
+        term_rank[[self._terms[name] for name in names]] = np.arange(len(names))
+        slot_of = np.empty(len(order), dtype=np.int32)
+        slot_of[order] = np.arange(len(order), dtype=np.int32)
+        terms = term_rank[np.array(self._term_of, dtype=np.int64)]
+        slots = np.repeat(slot_of, np.array(self._distinct, dtype=np.int64))
+        by_term = np.lexsort((slots, terms))
+        return Words(
+            terms=Strings.of(names),
+            starts=np.concatenate([[0], np.cumsum(np.bincount(terms, minlength=len(names)))]).astype(np.int64),
+            slots=slots[by_term],
+            frequencies=np.array(self._frequencies, dtype=np.int32)[by_term],
+            lengths=np.array(self._lengths, dtype=np.int64)[order],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Words of which the documents in `masked` (documents,) do not count, as if they had never been taken in."""
+
+    words: Words
+    masked: NDArray[np.bool_] | None = None
+
+
+class Corpus:
+    """The documents of several parts counted as one collection; they are numbered through, part after part."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = tuple(parts)
+        lengths = np.concatenate([np.zeros(0), *(part.words.lengths for part in parts)])
+        unmasked = [
+            np.zeros(len(part.words.lengths), np.bool_) if part.masked is None else part.masked for part in parts
+        ]
+        self._masked = np.concatenate([np.zeros(0, np.bool_), *unmasked])
+        self.document_count = int((~self._masked).sum())
+        # Documents without a single word would make the mean 0; nothing matches them anyway.
+        mean = lengths[~self._masked].sum() / max(1, self.document_count) or 1.0
+        self._norms = K1 * (1 - B + B * lengths / mean)
 
     def scores(self, text: str) -> NDArray[np.float64]:
-        """Score of every slot for a query: text -> (slots,), 0 where no word is shared; a repeated word counts once."""
-        scores = np.zeros(len(self.lengths))
-        if not self.document_count:
-            return scores
-        mean = self.lengths.sum() / self.document_count
-        # Documents without a single word would make the mean 0; nothing matches them anyway.
-        norms = K1 * (1 - B + B * self.lengths / (mean or 1.0))
+        """Score of every document for a query: text -> (documents,), 0 where no word is shared or it does not count.
+
+        A word that the query repeats counts once.
+        """
+        slots, frequencies, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0)]
         for term in dict.fromkeys(cards.tokens(text)):
-            postings = self.terms.get(term)
-            if postings is not None:
-                found = postings.frequencies
-                gain = found * (K1 + 1) / (found + norms[postings.slots])
-                scores[postings.slots] += self.idf(len(postings.slots)) * gain
+            found = self._postings(term)
+            containing_count = sum(len(own) - int(np.count_nonzero(self._masked[own])) for own, _ in found)
+            for own, counts in found:
+                slots.append(own)
+                frequencies.append(counts)
+                weights.append(np.full(len(own), self.idf(containing_count)))
+        where = np.concatenate(slots)
+        often = np.concatenate(frequencies)
+        gains = np.concatenate(weights) * (often * (K1 + 1) / (often + self._norms[where]))
+        scores = np.bincount(where, weights=gains, minlength=len(self._norms)).astype(np.float64)
+        scores[self._masked] = 0.0
         return scores
 
     def idf(self, containing_count: int) -> float:
         """Weight of a term that `containing_count` documents contain."""
         return math.log1p((self.document_count - containing_count + 0.5) / (containing_count + 0.5))
 
-    def changed(
-        self,
-        *,
-        slot_count: int,
-        removed: Mapping[int, Mapping[str, int]],
-        added: Mapping[int, Mapping[str, int]],
-    ) -> "Bm25":
-        """The index after taking out and putting in documents; each is given as slot -> word counts.
-
-        A document that is replaced in its slot stands in both. `slot_count` is the number of slots afterwards.
-        """
-        lengths = np.zeros(slot_count)
-        kept = min(slot_count, len(self.lengths))
-        lengths[:kept] = self.lengths[:kept]
-        for slot in removed:
-            if slot < slot_count:
-                lengths[slot] = 0.0
-        for slot, counts in added.items():
-            lengths[slot] = sum(counts.values())
-        incoming: dict[str, list[tuple[int, int]]] = {}
-        for slot, counts in sorted(added.items()):
-            for term, count in counts.items():
-                incoming.setdefault(term, []).append((slot, count))
-        touched = {term for counts in removed.values() for term in counts} | incoming.keys()
-        gone = np.fromiter(removed, dtype=np.int64)
-        terms = dict(self.terms)
-        for term in touched:
-            postings = _merged(terms.pop(term, None), gone, incoming.get(term, []))
-            if len(postings.slots):
-                terms[term] = postings
-        return Bm25(terms=terms, lengths=lengths, document_count=self.document_count - len(removed) + len(added))
-
-
-EMPTY = Bm25(terms={}, lengths=np.zeros(0), document_count=0)
-
-
-def _merged(old: Postings | None, gone: NDArray[np.int64], incoming: list[tuple[int, int]]) -> Postings:
-    slots = np.array([slot for slot, _ in incoming], dtype=np.int64)
-    frequencies = np.array([count for _, count in incoming], dtype=np.float64)
-    if old is not None:
-        kept = ~np.isin(old.slots, gone)
-        slots = np.concatenate([old.slots[kept], slots])
-        frequencies = np.concatenate([old.frequencies[kept], frequencies])
-        order = np.argsort(slots, kind="stable")
-        slots, frequencies = slots[order], frequencies[order]
-    return Postings(slots=slots, frequencies=frequencies)
+    def _postings(self, term: str) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
+        """Documents with the term, numbered through, and how often they have it, one pair of arrays a part."""
+        found, offset = [], 0
+        for part in self._parts:
+            place = part.words.postings(term)
+            own = part.words.slots[place].astype(np.int64)
+            found.append((own + offset if offset else own, part.words.frequencies[place]))
+            offset += len(part.words.lengths)
+        return found

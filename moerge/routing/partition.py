@@ -5,213 +5,337 @@ an answer for one base cannot hold an expert of another, and word statistics are
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moerge.errors import IndexInvalid
 from moerge.routing import bm25
 from moerge.routing.base import Candidates, Query
-from moerge.routing.bm25 import Bm25
-from moerge.routing.cards import MAX_EXAMPLES, Entry, centroid, has_instruction
-from moerge.routing.index import VectorIndex
+from moerge.routing.cards import Card, Entry
+from moerge.routing.segment import Segment, ranges
 
 # Candidates taken from each side before the exact score: 50 loses nothing that matters against scoring all.
 DEPTH = 50
 
-# Vector ids are slot * 64 + row, and an entry has at most 2 + 32 + 1 rows.
-_ROWS = 64
-assert MAX_EXAMPLES + 3 <= _ROWS
+# Where fewer than this share passes a filter, comparing all that pass takes less time than searching for them.
+_FEW = 0.1
+# How many rows a search asks for first, how much more of them with a filter, and at most where it is not exact.
+_FIRST_ROWS = 200
+_MORE = 3
+_MOST_ROWS = 5_000
+
+# The same vectors multiplied in another order differ in the eighth digit; six digits make equal rows tie.
+_DIGITS = 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Partition:
-    """Entries in numbered slots; a slot is empty after its expert left and is filled again by the next one."""
+class Found:
+    """Candidates in ascending order of their ids, the slot of each, and whether nobody else could be a candidate."""
 
-    slots: tuple[Entry | None, ...]
-    slot_of: Mapping[str, int]
-    id_order: NDArray[np.int64]  # (slots,) place of the slot's expert among all ids in order; empty slots come last
-    vectors: VectorIndex
-    words: Bm25
-    tags: Mapping[str, int]  # tag -> its row in tag_centroids
-    tag_centroids: NDArray[np.float32]  # (tags, d) unit means of the centroid rows of the experts that carry the tag
+    candidates: Candidates
+    slots: NDArray[np.int64]
+    exhausted: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Tags:
+    """Tags of a partition: unit centroids (tags, d), and of each part of it which of them its own tags are."""
+
+    centroids: NDArray[np.float32]
+    numbers: tuple[NDArray[np.int64], ...]
+
+
+class Partition:
+    """A segment, the entries put in since it was built, and the slots of the segment that are gone or replaced.
+
+    Slots are numbered through: first those of the segment, then those of the entries.
+    """
+
+    def __init__(
+        self,
+        *,
+        dimension: int,
+        base: Segment | None = None,
+        masked: NDArray[np.bool_] | None = None,
+        added: Mapping[str, Entry] | None = None,
+    ) -> None:
+        self.dimension = dimension
+        self.base = Segment.build((), dimension=dimension) if base is None else base
+        self.masked = np.zeros(len(self.base), dtype=np.bool_) if masked is None else masked
+        self.added: Mapping[str, Entry] = added or {}
+        # It is rebuilt at every change and small, and a flat index is built at once.
+        self.overlay = Segment.build(self.added.values(), dimension=dimension, flat_limit=len(self.added) * 64)
+        self._parts = (self.base, self.overlay)
+        self._offsets = (0, len(self.base))
+        self._alive = np.concatenate([~self.masked, np.ones(len(self.overlay), dtype=np.bool_)])
+        self._count = int(np.count_nonzero(self._alive))
+        self._corpus = bm25.Corpus(
+            [bm25.Part(words=self.base.words, masked=self.masked), bm25.Part(words=self.overlay.words)]
+        )
+        before = np.array([self.base.experts.place(expert) for expert in self.overlay.experts], dtype=np.int64)
+        shift = np.searchsorted(before, np.arange(len(self.base)), side="right")
+        # (slots,) the place of each slot's expert among all ids in order, by which ties are broken.
+        self._places = np.concatenate([np.arange(len(self.base)) + shift, before + np.arange(len(self.overlay))])
 
     def __len__(self) -> int:
-        return len(self.slot_of)
+        return self._count
+
+    @property
+    def overlay_count(self) -> int:
+        """How many experts were put in, replaced or taken out since the segment was built."""
+        replaced = sum(self.base.experts.find(expert) >= 0 for expert in self.added)
+        return len(self.added) + int(np.count_nonzero(self.masked)) - replaced
+
+    def experts(self) -> tuple[str, ...]:
+        """The ids of all experts here, ascending."""
+        slots = np.flatnonzero(self._alive)
+        return self._ids(slots[np.argsort(self._places[slots])])
+
+    def card(self, expert: str) -> Card:
+        """The card of an expert that is here."""
+        part, slot = self._place(self._slot(expert))
+        return part.card(slot)
 
     def entry(self, expert: str) -> Entry:
-        """The entry of an expert that is here."""
-        found = self.slots[self.slot_of[expert]]
-        assert found is not None
-        return found
+        """The card of an expert that is here with its vectors."""
+        part, slot = self._place(self._slot(expert))
+        return part.entry(slot)
 
-    def candidates(
-        self, query: Query, *, depth: int = DEPTH, allow: Collection[str] | None = None, with_tags: bool = False
-    ) -> Candidates:
+    def number(self, slot: int) -> int:
+        """The hub's number of the expert in a slot."""
+        part, own = self._place(slot)
+        return int(part.numbers[own])
+
+    def revision(self, slot: int) -> int:
+        """The hub's number of the revision in a slot."""
+        part, own = self._place(slot)
+        return int(part.revisions[own])
+
+    def changed(
+        self, *, put: Iterable[Entry] = (), removed: Collection[str] = (), withdrawn: Collection[int] = ()
+    ) -> "Partition":
+        """The partition after taking out experts by id and by number and then putting in entries.
+
+        An entry replaces whatever stands under its id or under its number. The same partition when nothing changes.
+        """
+        incoming = {entry.card.expert: entry for entry in put}
+        ids = {*removed, *incoming}
+        numbers = {*withdrawn, *(entry.card.number for entry in incoming.values())} - {0}
+        kept = {
+            expert: entry
+            for expert, entry in self.added.items()
+            if expert not in ids and entry.card.number not in numbers
+        }
+        masked = self.masked | np.isin(self.base.numbers, np.array(sorted(numbers), dtype=np.int64))
+        slots = [self.base.experts.find(expert) for expert in ids]
+        masked[[slot for slot in slots if slot >= 0]] = True
+        if not incoming and len(kept) == len(self.added) and np.array_equal(masked, self.masked):
+            return self
+        return Partition(dimension=self.dimension, base=self.base, masked=masked, added={**kept, **incoming})
+
+    def find(
+        self,
+        query: Query,
+        *,
+        depth: int = DEPTH,
+        allow: NDArray[np.int64] | None = None,
+        with_tags: bool = False,
+    ) -> Found:
         """The best `depth` experts by vector and the best `depth` by BM25, with all parts of their scores.
 
-        With `allow` every allowed expert of this partition is a candidate, and nobody else. What concerns tags is
-        there when asked for.
+        With `allow` only experts of these numbers are candidates, and all of them where they are few. What concerns
+        tags is there when asked for.
         """
-        words = self.words.scores(query.text)
+        words = self._corpus.scores(query.text)
+        passing = self._alive
         if allow is not None:
-            chosen = {self.slot_of[expert] for expert in allow if expert in self.slot_of}
+            passing = passing & np.concatenate([np.isin(part.numbers, allow) for part in self._parts])
+        count = int(np.count_nonzero(passing))
+        few = allow is not None and count < _FEW * self._count
+        if few or (count <= depth and (allow is not None or query.vector is not None)):
+            slots = np.flatnonzero(passing)
         else:
-            chosen = set(self._best_by_word(words, depth))
+            slots = self._best_by_word(np.where(passing, words, 0.0), depth)
             if query.vector is not None:
-                chosen |= set(self._best_by_vector(query.vector, depth))
-        slots = sorted(chosen)
-        entries = [self._at(slot) for slot in slots]
-        found = _measured(query.vector, entries, words[slots])
-        if not with_tags or query.vector is None:
-            return found
-        pairs = [(place, self.tags[tag]) for place, entry in enumerate(entries) for tag in set(entry.card.tags)]
-        return replace(
-            found,
-            tag_cosines=(self.tag_centroids @ query.vector).astype(np.float64),
-            tagged=np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2),
-        )
+                slots = np.union1d(slots, self._best_by_vector(query.vector, depth, passing))
+        slots = slots[np.argsort(self._places[slots])]
+        candidates = self._measured(query.vector, slots, words[slots], with_tags=with_tags)
+        return Found(candidates=candidates, slots=slots, exhausted=few or count <= depth)
 
-    def changed(self, *, put: Iterable[Entry], removed: Collection[str]) -> "Partition":
-        """The partition after putting in entries (each replaces all of its expert's) and taking out experts."""
-        incoming = {entry.card.expert: entry for entry in put}
-        leaving = [expert for expert in {*removed, *incoming} if expert in self.slot_of]
-        slots = list(self.slots)
-        slot_of = dict(self.slot_of)
-        gone: dict[int, Entry] = {}
-        for expert in leaving:
-            slot = slot_of.pop(expert)
-            gone[slot] = self._at(slot)
-            slots[slot] = None
-        free = sorted((slot for slot, entry in enumerate(slots) if entry is None), reverse=True)
-        added: dict[int, Entry] = {}
-        for expert in sorted(incoming):
-            if free:
-                slot = free.pop()
-                slots[slot] = incoming[expert]
-            else:
-                slot = len(slots)
-                slots.append(incoming[expert])
-            slot_of[expert] = slot
-            added[slot] = incoming[expert]
-        vectors = self.vectors.copy()
-        vectors.remove(_ids(gone))
-        if added:
-            vectors.add(_rows(added, vectors.dimension), _ids(added))
-        words = self.words.changed(
-            slot_count=len(slots),
-            removed={slot: entry.counts for slot, entry in gone.items()},
-            added={slot: entry.counts for slot, entry in added.items()},
-        )
-        id_order = np.full(len(slots), len(slots), dtype=np.int64)
-        id_order[[slot_of[expert] for expert in sorted(slot_of)]] = np.arange(len(slot_of))
-        tags, tag_centroids = _tags([entry for entry in slots if entry], vectors.dimension)
-        return Partition(
-            slots=tuple(slots),
-            slot_of=slot_of,
-            id_order=id_order,
-            vectors=vectors,
-            words=words,
-            tags=tags,
-            tag_centroids=tag_centroids,
-        )
+    def _slot(self, expert: str) -> int:
+        for part, offset in reversed(tuple(zip(self._parts, self._offsets, strict=True))):
+            slot = part.experts.find(expert)
+            if slot >= 0 and self._alive[offset + slot]:
+                return offset + slot
+        raise KeyError(expert)
 
-    def _at(self, slot: int) -> Entry:
-        found = self.slots[slot]
-        assert found is not None
-        return found
+    def _place(self, slot: int) -> tuple[Segment, int]:
+        """The part that a slot is in and its number there."""
+        part = int(slot >= len(self.base))
+        return self._parts[part], slot - self._offsets[part]
 
-    def _best_by_word(self, words: NDArray[np.float64], depth: int) -> list[int]:
+    def _ids(self, slots: NDArray[np.int64]) -> tuple[str, ...]:
+        return tuple(part.experts[own] for part, own in map(self._place, slots.tolist()))
+
+    def _best_by_word(self, words: NDArray[np.float64], depth: int) -> NDArray[np.int64]:
         found = np.flatnonzero(words > 0)
-        order = np.lexsort((self.id_order[found], -words[found]))
-        return [int(slot) for slot in found[order[:depth]]]
+        if len(found) > depth:
+            found = found[words[found] >= -np.partition(-words[found], depth - 1)[depth - 1]]
+        return found[np.lexsort((self._places[found], -words[found]))][:depth]
 
-    def _best_by_vector(self, vector: NDArray[np.float32], depth: int) -> list[int]:
-        """Slots of the `depth` experts with the nearest vectors; asks for more vectors until there are enough."""
-        wanted = min(depth, len(self))
-        k = 4 * wanted
-        while True:
-            _, ids = self.vectors.search(vector, k)
-            slots = list(dict.fromkeys(int(found) // _ROWS for found in ids))
-            if len(slots) >= wanted or k >= len(self.vectors):
-                return slots[:wanted]
-            k *= 4
+    def _best_by_vector(self, vector: NDArray[np.float32], depth: int, passing: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Slots of the `depth` passing experts with the nearest rows."""
+        pairs = [
+            _near(part, vector, depth, passing[offset : offset + len(part)])
+            for part, offset in zip(self._parts, self._offsets, strict=True)
+        ]
+        scores = np.concatenate([scores for scores, _ in pairs])
+        slots = np.concatenate([slots + offset for (_, slots), offset in zip(pairs, self._offsets, strict=True)])
+        slots = slots[np.lexsort((self._places[slots], -np.round(scores, _DIGITS)))]
+        _, first = np.unique(slots, return_index=True)
+        return slots[np.sort(first)][:depth]
 
-
-def empty(dimension: int) -> Partition:
-    """A partition without experts for vectors of this width."""
-    return Partition(
-        slots=(),
-        slot_of={},
-        id_order=np.zeros(0, dtype=np.int64),
-        vectors=VectorIndex(dimension),
-        words=bm25.EMPTY,
-        tags={},
-        tag_centroids=np.zeros((0, dimension), dtype=np.float32),
-    )
-
-
-def _tags(entries: Iterable[Entry], dimension: int) -> tuple[dict[str, int], NDArray[np.float32]]:
-    """Numbers of all tags in order of the alphabet, and their centroids: (tags, d)."""
-    members: dict[str, list[NDArray[np.float32]]] = {}
-    for entry in entries:
-        for tag in set(entry.card.tags):
-            members.setdefault(tag, []).append(entry.vectors[1])
-    centroids = [centroid(np.array(members[tag])) for tag in sorted(members)]
-    numbers = {tag: number for number, tag in enumerate(sorted(members))}
-    return numbers, np.array(centroids, dtype=np.float32).reshape(-1, dimension)
-
-
-def _measured(vector: NDArray[np.float32] | None, entries: list[Entry], words: NDArray[np.float64]) -> Candidates:
-    """All parts of the score for these entries, exactly: cosines from the entries' own vectors."""
-    count = len(entries)
-    experts = tuple(entry.card.expert for entry in entries)
-    if vector is None or not count:
-        none, nobody = np.zeros(count), np.full(count, -1, dtype=np.int64)
+    def _measured(
+        self,
+        vector: NDArray[np.float32] | None,
+        slots: NDArray[np.int64],
+        words: NDArray[np.float64],
+        *,
+        with_tags: bool,
+    ) -> Candidates:
+        """All parts of the score for these slots, exactly."""
+        experts = self._ids(slots)
+        if vector is None:
+            none = np.zeros(len(slots))
+            return Candidates(
+                experts=experts,
+                s_ex=none,
+                s_desc=none,
+                s_cen=none,
+                s_ins=none,
+                bm25=words,
+                matched=np.full(len(slots), -1, dtype=np.int64),
+                has_vector=False,
+            )
+        columns = np.empty((5, len(slots)))
+        for part, offset in zip(self._parts, self._offsets, strict=True):
+            mine = (slots >= offset) & (slots < offset + len(part))
+            columns[:, mine] = _cosines(part, vector, slots[mine] - offset)
+        s_ex, s_desc, s_cen, s_ins, matched = columns
+        tags = self._tags if with_tags else None
         return Candidates(
             experts=experts,
-            s_ex=none,
-            s_desc=none,
-            s_cen=none,
-            s_ins=none,
+            s_ex=s_ex,
+            s_desc=s_desc,
+            s_cen=s_cen,
+            s_ins=s_ins,
             bm25=words,
-            matched=nobody,
-            has_vector=False,
+            matched=matched.astype(np.int64),
+            tag_cosines=np.zeros(0) if tags is None else (tags.centroids @ vector).astype(np.float64),
+            tagged=np.zeros((0, 2), dtype=np.int64) if tags is None else self._tagged(slots, tags),
         )
-    cosines = (np.concatenate([entry.vectors for entry in entries]) @ vector).astype(np.float64)
-    lengths = np.array([len(entry.vectors) for entry in entries])
-    starts = np.cumsum(lengths) - lengths
+
+    def _tagged(self, slots: NDArray[np.int64], tags: _Tags) -> NDArray[np.int64]:
+        """One row (place of the slot, tag) for each tag of these slots, in ascending order: (n,) -> (m, 2)."""
+        pairs = [np.zeros((0, 2), dtype=np.int64)]
+        for part, offset, numbers in zip(self._parts, self._offsets, tags.numbers, strict=True):
+            mine = np.flatnonzero((slots >= offset) & (slots < offset + len(part)))
+            own = slots[mine] - offset
+            lengths = part.tag_starts[own + 1] - part.tag_starts[own]
+            pairs.append(np.stack([np.repeat(mine, lengths), numbers[_tags_of(part, own)]], axis=1))
+        joined = np.concatenate(pairs)
+        return joined[np.lexsort((joined[:, 1], joined[:, 0]))]
+
+    @cached_property
+    def _tags(self) -> _Tags:
+        gone = (np.flatnonzero(self.masked), np.zeros(0, dtype=np.int64))
+        counts = [_tag_counts(part) - _tag_counts(part, slots) for part, slots in zip(self._parts, gone, strict=True)]
+        names = [list(part.tags) for part in self._parts]
+        used = {
+            name
+            for own, tally in zip(names, counts, strict=True)
+            for name, count in zip(own, tally, strict=True)
+            if count
+        }
+        place = {name: number for number, name in enumerate(sorted(used))}
+        numbers = tuple(np.array([place.get(name, -1) for name in own], dtype=np.int64) for own in names)
+        sums = np.zeros((len(place), self.dimension))
+        for part, slots, own in zip(self._parts, gone, numbers, strict=True):
+            left = part.tag_sums.astype(np.float64)
+            lengths = part.tag_starts[slots + 1] - part.tag_starts[slots]
+            np.subtract.at(left, _tags_of(part, slots), part.vectors.rows[np.repeat(part.starts[slots] + 1, lengths)])
+            sums[own[own >= 0]] += left[own >= 0]
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        # Opposite experts leave next to nothing, which has no direction.
+        return _Tags(centroids=(sums / np.where(norms > 1e-6, norms, np.inf)).astype(np.float32), numbers=numbers)
+
+
+def _tags_of(part: Segment, slots: NDArray[np.int64]) -> NDArray[np.int32]:
+    return part.tag_of[ranges(part.tag_starts[slots], part.tag_starts[slots + 1])]
+
+
+def _tag_counts(part: Segment, slots: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+    """How many experts of a part (of these slots) carry each tag: (tags,)."""
+    return np.bincount(part.tag_of if slots is None else _tags_of(part, slots), minlength=len(part.tags))
+
+
+def _near(
+    part: Segment, vector: NDArray[np.float32], depth: int, passing: NDArray[np.bool_]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Inner products and slots of the rows nearest to a vector, until they belong to `depth` passing experts.
+
+    Asks for more rows until there are enough, and where a search that is not exact does not find them, compares all.
+    """
+    count = int(np.count_nonzero(passing))
+    wanted = min(depth, count)
+    if not wanted:
+        return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
+    asked = int(max(_FIRST_ROWS, 4 * wanted) * min(_MORE, len(part) / count))
+    while True:
+        scores, rows = part.vectors.search(vector, asked)
+        slots = part.slots_of(rows)
+        kept = passing[slots]
+        if len(rows) == len(part.vectors) or _enough(scores, slots, kept, wanted, exact=part.vectors.exact):
+            return scores[kept], slots[kept]
+        if not part.vectors.exact and (len(rows) < asked or asked >= _MOST_ROWS):
+            rows = part.rows_of(np.flatnonzero(passing))
+            return part.vectors.scores(vector, rows), part.slots_of(rows)
+        asked *= 4
+
+
+def _enough(
+    scores: NDArray[np.float32], slots: NDArray[np.int64], kept: NDArray[np.bool_], wanted: int, *, exact: bool
+) -> bool:
+    """Whether the rows found, best first, belong to enough experts; of an exact search also none with an equal score
+    may be missing, so that ties are broken among all of them.
+    """
+    _, first = np.unique(slots[kept], return_index=True)
+    if len(first) < wanted:
+        return False
+    edge = scores[kept][np.sort(first)[wanted - 1]]
+    return not exact or bool(np.round(scores[-1], _DIGITS) < np.round(edge, _DIGITS))
+
+
+def _cosines(part: Segment, vector: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float64]:
+    """s_ex, s_desc, s_cen, s_ins and the place of the best example (-1: none) of these slots: (5, n)."""
+    if not len(slots):
+        return np.empty((5, 0))
+    cosines = part.vectors.scores(vector, part.rows_of(slots)).astype(np.float64)
+    lengths = part.starts[slots + 1] - part.starts[slots]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    instructed = part.instructed[slots]
     s_desc, s_cen = cosines[starts], cosines[starts + 1]
-    instructed = np.array([has_instruction(entry.card) for entry in entries])
-    last = starts + lengths - 1
-    s_ins = np.where(instructed, cosines[last], s_desc)
-    cosines[last[instructed]] = -np.inf
+    s_ins = np.where(instructed, cosines[ends - 1], s_desc)
     has_examples = lengths - instructed > 2
     # Only example rows compete for s_ex; where there are none, the description's row is left to win.
     cosines[starts + 1] = -np.inf
     cosines[starts[has_examples]] = -np.inf
+    cosines[ends[instructed] - 1] = -np.inf
     s_ex = np.maximum.reduceat(cosines, starts)
     winners = np.flatnonzero(cosines == np.repeat(s_ex, lengths))
-    _, first = np.unique(np.repeat(np.arange(count), lengths)[winners], return_index=True)
+    _, first = np.unique(np.repeat(np.arange(len(slots)), lengths)[winners], return_index=True)
     matched = np.where(has_examples, winners[first] - starts - 2, -1)
-    return Candidates(experts=experts, s_ex=s_ex, s_desc=s_desc, s_cen=s_cen, s_ins=s_ins, bm25=words, matched=matched)
-
-
-def _ids(entries: Mapping[int, Entry]) -> NDArray[np.int64]:
-    return np.array(
-        [slot * _ROWS + row for slot, entry in entries.items() for row in range(len(entry.vectors))], dtype=np.int64
-    )
-
-
-def _rows(entries: Mapping[int, Entry], dimension: int) -> NDArray[np.float32]:
-    for entry in entries.values():
-        if entry.vectors.shape[1] != dimension:
-            raise IndexInvalid(
-                f"{entry.card.expert} has vectors of another width than the index",
-                pointer=entry.card.expert,
-                met=entry.vectors.shape[1],
-                wanted=dimension,
-                remedy="encode the card with the encoder of this index",
-            )
-    return np.concatenate([entry.vectors for entry in entries.values()])
+    return np.stack([s_ex, s_desc, s_cen, s_ins, matched])

@@ -5,15 +5,17 @@ The hub's router and `bin/bench routing` both call `State.rank`, so what is meas
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moerge import routing
 from moerge.errors import QueryInvalid
-from moerge.routing import partition
-from moerge.routing.base import Candidates, Query, Spec
+from moerge.routing.base import Query, Spec
 from moerge.routing.cards import Entry
-from moerge.routing.partition import DEPTH, Partition
+from moerge.routing.partition import DEPTH, Found, Partition
+from moerge.routing.segment import Segment
 
 DEFAULT_STRATEGY = "hybrid"
 
@@ -65,22 +67,42 @@ class State:
     def __len__(self) -> int:
         return sum(len(part) for part in self.partitions.values())
 
-    def changed(self, *, seq: int, put: Iterable[Entry] = (), removed: Collection[str] = ()) -> "State":
-        """The state after a set of changes: each entry put in replaces all of its expert's, on whatever base it was."""
-        incoming: dict[str, dict[str, Entry]] = {}
-        for entry in {entry.card.expert: entry for entry in put}.values():
-            incoming.setdefault(entry.card.base_model, {})[entry.card.expert] = entry
-        leaving = {*removed, *(expert for entries in incoming.values() for expert in entries)}
-        partitions = dict(self.partitions)
-        for base in {*partitions, *incoming}:
-            old = partitions.get(base) or partition.empty(self.dimension)
-            mine = incoming.get(base, {})
-            out = {expert for expert in leaving if expert in old.slot_of}
-            if mine or out:
-                new = old.changed(put=mine.values(), removed=out)
-                partitions[base] = new
-                if not len(new):
-                    del partitions[base]
+    @classmethod
+    def based_on(cls, segments: Mapping[str, Segment], *, seq: int, encoder_id: str, dimension: int) -> "State":
+        """The state of a snapshot, given as base model -> segment."""
+        partitions = {name: Partition(dimension=dimension, base=segment) for name, segment in segments.items()}
+        return cls(encoder_id=encoder_id, dimension=dimension, seq=seq, partitions=partitions)
+
+    @property
+    def overlay_count(self) -> int:
+        """How many experts were put in, replaced or taken out since the segments were built."""
+        return sum(part.overlay_count for part in self.partitions.values())
+
+    def changed(
+        self,
+        *,
+        seq: int,
+        put: Iterable[Entry] = (),
+        removed: Collection[str] = (),
+        withdrawn: Collection[int] = (),
+    ) -> "State":
+        """The state after taking out experts, by id (`removed`) and by number (`withdrawn`), and putting in entries.
+
+        An entry replaces all that stands under its expert's id and all that stands under its number, on whatever base;
+        of two entries of one id the later one counts. So a renamed expert leaves nothing behind.
+        """
+        incoming: dict[str, list[Entry]] = {}
+        entries = {entry.card.expert: entry for entry in put}
+        for entry in entries.values():
+            incoming.setdefault(entry.card.base_model, []).append(entry)
+        ids = {*removed, *entries}
+        numbers = {*withdrawn, *(entry.card.number for entry in entries.values())}
+        partitions = {}
+        for name in {*self.partitions, *incoming}:
+            old = self.partitions.get(name) or Partition(dimension=self.dimension)
+            new = old.changed(put=incoming.get(name, ()), removed=ids, withdrawn=numbers)
+            if len(new):
+                partitions[name] = new
         return State(encoder_id=self.encoder_id, dimension=self.dimension, seq=seq, partitions=partitions)
 
     def rank(
@@ -91,11 +113,12 @@ class State:
         strategy: str = DEFAULT_STRATEGY,
         depth: int = DEPTH,
         limit: int | None = None,
-        allow: Collection[str] | None = None,
+        allow: Collection[int] | NDArray[np.int64] | None = None,
     ) -> Ranking:
         """Score the candidates of one base model (of every base when None), best first, ties by expert id.
 
-        At most `limit` hits; None gives all candidates. Raises QueryInvalid for an unknown strategy.
+        At most `limit` hits; None gives all candidates. With `allow` only experts of these numbers. Raises QueryInvalid
+        for an unknown strategy.
         """
         members = routing.catalogue()
         if strategy not in members:
@@ -110,39 +133,48 @@ class State:
         if chosen.SPEC.needs_vector and query.vector is None:
             chosen = members["bm25"]
         if base_model is None:
-            parts = list(self.partitions.values())
+            parts = self.partitions
         else:
-            parts = [self.partitions[base_model]] if base_model in self.partitions else []
+            parts = {base_model: self.partitions[base_model]} if base_model in self.partitions else {}
+        numbers = None if allow is None else np.fromiter(allow, dtype=np.int64)
         hits: list[Hit] = []
-        for part in parts:
-            candidates = part.candidates(query, depth=depth, allow=allow, with_tags=chosen.SPEC.needs_tags)
-            scores = np.round(chosen.score(query, candidates), _DIGITS)
-            order = np.lexsort((np.array(candidates.experts, dtype=object), -scores))
+        exhausted = True
+        for name, part in parts.items():
+            found = part.find(query, depth=depth, allow=numbers, with_tags=chosen.SPEC.needs_tags)
+            scores = np.round(chosen.score(query, found.candidates), _DIGITS)
+            # Candidates come in the order of their ids, which a stable sort keeps among equals.
+            order = np.argsort(-scores, kind="stable")
+            # One more than asked for tells whether the limit hides any.
             order = order if limit is None else order[: limit + 1]
-            hits.extend(_hit(part, candidates, int(place), float(scores[place]), chosen.SPEC) for place in order)
+            hits.extend(
+                Hit(
+                    base_model=name,
+                    score=float(scores[place]),
+                    confidence=chosen.SPEC.confidence(float(scores[place])),
+                    **_told(part, found, int(place)),
+                )
+                for place in order
+            )
+            exhausted = exhausted and found.exhausted
         hits.sort(key=lambda hit: (-hit.score, hit.expert))
-        # One more than asked for was kept of each partition, which tells whether the limit hides any.
-        exhausted = (allow is not None or all(depth >= len(part) for part in parts)) and (
-            limit is None or len(hits) <= limit
+        return Ranking(
+            hits=tuple(hits[:limit]),
+            strategy=chosen.SPEC,
+            min_score=chosen.SPEC.threshold(max((len(part) for part in parts.values()), default=1)),
+            exhausted=exhausted and (limit is None or len(hits) <= limit),
         )
-        min_score = chosen.SPEC.threshold(max((len(part) for part in parts), default=1))
-        return Ranking(hits=tuple(hits[:limit]), strategy=chosen.SPEC, min_score=min_score, exhausted=exhausted)
 
 
-def _hit(part: Partition, candidates: Candidates, place: int, score: float, spec: Spec) -> Hit:
-    card = part.entry(candidates.experts[place]).card
-    parts = {"bm25": round(float(candidates.bm25[place]), _DIGITS)}
-    if candidates.has_vector:
-        for name in ("s_ex", "s_desc", "s_cen"):
-            parts[name] = round(float(getattr(candidates, name)[place]), _DIGITS)
+def _told(part: Partition, found: Found, place: int) -> dict[str, Any]:
+    """What a hit says of its expert whatever the strategy."""
+    candidates = found.candidates
+    slot = int(found.slots[place])
+    names = ("bm25", "s_ex", "s_desc", "s_cen") if candidates.has_vector else ("bm25",)
     matched = int(candidates.matched[place])
-    return Hit(
-        expert=card.expert,
-        number=card.number,
-        revision=card.revision,
-        base_model=card.base_model,
-        score=score,
-        confidence=spec.confidence(score),
-        parts=parts,
-        matched_example_index=matched if matched >= 0 else None,
-    )
+    return {
+        "expert": candidates.experts[place],
+        "number": part.number(slot),
+        "revision": part.revision(slot),
+        "parts": {name: round(float(getattr(candidates, name)[place]), _DIGITS) for name in names},
+        "matched_example_index": matched if matched >= 0 else None,
+    }

@@ -98,7 +98,7 @@ class Router:
         base_model: str | None = None,
         strategy: str | None = None,
         limit: int = 10,
-        allow: Sequence[str] | None = None,
+        allow: Sequence[int] | None = None,
         min_seq: int = 0,
         explain: bool = False,
     ) -> dict[str, Any]:
@@ -111,7 +111,6 @@ class Router:
         vectors: Iterable[NDArray[np.float32] | None] = [None] * len(texts)
         if self._encoder is not None and wanted != "bm25":
             vectors = self._encoder.encode(texts)
-        allowed = None if allow is None else set(allow)
         answers = []
         for text, vector in zip(texts, vectors, strict=True):
             ranking = state.rank(
@@ -120,7 +119,7 @@ class Router:
                 strategy=wanted,
                 depth=max(DEPTH, limit),
                 limit=limit,
-                allow=allowed,
+                allow=allow,
             )
             answers.append(
                 {
@@ -260,6 +259,6 @@ def _hit(state: State, hit: Hit, *, explain: bool) -> dict[str, Any]:
         "matched_example_index": hit.matched_example_index,
     }
     if explain and hit.matched_example_index is not None:
-        card = state.partitions[hit.base_model].entry(hit.expert).card
+        card = state.partitions[hit.base_model].card(hit.expert)
         record["matched_example"] = cards.used_examples(card)[hit.matched_example_index]
     return record

@@ -31,7 +31,7 @@ _SPARES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A query that keeps the rules. `allow` holds the ids that the filters leave, None where there are no filters."""
+    """A query that keeps the rules. `allow` holds the experts that pass the filters, None without filters."""
 
     texts: tuple[str, ...]
     base: BaseModel | None
@@ -40,7 +40,7 @@ class Asked:
     min_seq: int
     strategy: str | None
     explain: bool
-    allow: tuple[str, ...] | None
+    allow: tuple[int, ...] | None
 
 
 def route(
@@ -285,8 +285,8 @@ def _published(seq: int | None) -> int:
     return seq
 
 
-def _allowed(viewer: Viewer, filters: Mapping[str, Any]) -> tuple[str, ...]:
-    """Ids of the experts that pass the filters, as the router knows them."""
+def _allowed(viewer: Viewer, filters: Mapping[str, Any]) -> tuple[int, ...]:
+    """Numbers of the experts that pass the filters, as the router knows them."""
     passing = Q()
     if owner := filters.get("owner"):
         passing &= Q(namespace__name__iexact=owner)
@@ -295,7 +295,7 @@ def _allowed(viewer: Viewer, filters: Mapping[str, Any]) -> tuple[str, ...]:
     if licence := filters.get("licence"):
         passing &= Q(licence__iexact=licence)
     rows = Expert.objects.visible_to(viewer).filter(passing, yanked_at=None)
-    return tuple(f"{owner}/{name}" for owner, name in rows.values_list("namespace__name", "name"))
+    return tuple(rows.values_list("pk", flat=True))
 
 
 def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:

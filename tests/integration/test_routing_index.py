@@ -31,7 +31,7 @@ def log() -> list[tuple[int, str, str]]:
 def known(router: Router) -> dict[str, int]:
     """Ids in the router's state and the revision each stands for."""
     parts = router._state.partitions.values()
-    return {name: int(part.entry(name).card.revision) for part in parts for name in part.slot_of}
+    return {name: part.card(name).revision for part in parts for name in part.experts()}
 
 
 # Vectors
@@ -272,7 +272,7 @@ def test_a_router_that_follows_step_by_step_ends_where_a_fresh_one_begins(router
     assert known(fresh) == known(router)
     assert fresh._state.seq == router._state.seq == clock() == 7
     for name, part in fresh._state.partitions.items():
-        for one in part.slot_of:
+        for one in part.experts():
             mine = router._state.partitions[name].entry(one)
             assert np.array_equal(part.entry(one).vectors, mine.vectors)
             assert part.entry(one).card == mine.card

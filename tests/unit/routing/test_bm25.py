@@ -8,15 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerge.routing import bm25, cards
+from moerge.routing import cards
+from moerge.routing.bm25 import Collector, Corpus, Part
 
 
-def index(*documents: str) -> bm25.Bm25:
-    return bm25.EMPTY.changed(
-        slot_count=len(documents),
-        removed={},
-        added={slot: Counter(cards.tokens(text)) for slot, text in enumerate(documents)},
-    )
+def part(documents, masked=None, order=None) -> Part:
+    collector = Collector()
+    for text in documents:
+        collector.add(Counter(cards.tokens(text)))
+    places = np.arange(len(documents)) if order is None else np.array(order)
+    return Part(words=collector.words(places), masked=None if masked is None else np.array(masked, dtype=bool))
+
+
+def index(*documents: str) -> Corpus:
+    return Corpus([part(documents)])
 
 
 def plain(documents: list[str], query: str) -> list[float]:
@@ -57,11 +62,16 @@ def test_a_word_on_every_card_never_counts_against_a_card():
 
 def test_a_query_without_known_words_scores_nothing():
     assert not index("book flight", "hotel").scores("Größe ?!").any()
-    assert bm25.EMPTY.scores("book").shape == (0,)
+    assert Corpus([]).scores("book").shape == index().scores("book").shape == (0,)
 
 
 def test_documents_without_words_neither_match_nor_break():
     assert index("", "").scores("book").tolist() == [0.0, 0.0]
+
+
+def test_documents_are_numbered_by_the_order_asked_for_and_not_as_they_came():
+    made = Corpus([part(["flight flight", "salt", "flight"], order=[1, 2, 0])])
+    assert made.scores("flight") == pytest.approx(index("salt", "flight", "flight flight").scores("flight"))
 
 
 WORDS = st.lists(st.sampled_from("abcdef"), max_size=6).map(" ".join)
@@ -73,30 +83,15 @@ def test_scores_equal_the_plain_loop(documents, query):
     assert index(*documents).scores(query) == pytest.approx(plain(documents, query), abs=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
-@given(first=st.lists(WORDS, min_size=1, max_size=5), second=st.dictionaries(st.integers(0, 6), WORDS), query=WORDS)
-def test_a_changed_index_equals_one_built_anew(first, second, query):
-    old = index(*first)
-    before = old.scores(query)
-    documents = dict(enumerate(first)) | second
-    count = max(documents) + 1
-    counts = {slot: Counter(cards.tokens(text)) for slot, text in documents.items()}
-    changed = old.changed(
-        slot_count=count,
-        removed={slot: Counter(cards.tokens(first[slot])) for slot in second if slot < len(first)},
-        added={slot: counts[slot] for slot in second},
-    )
-    anew = bm25.EMPTY.changed(slot_count=count, removed={}, added=counts)
-    assert changed.document_count == anew.document_count == len(documents)
-    assert changed.scores(query) == pytest.approx(anew.scores(query), abs=1e-12)
-    assert changed.terms.keys() == anew.terms.keys()
-    assert np.array_equal(old.scores(query), before)
-
-
-def test_a_removed_document_leaves_the_statistics_too():
-    old = index("book flight", "flight hotel", "salt")
-    new = old.changed(slot_count=3, removed={1: Counter(["flight", "hotel"])}, added={})
-    # One of two documents is left with "flight": both have 2 and 1 words, mean 1.5.
-    idf = math.log(1 + 1.5 / 1.5)
-    assert new.scores("flight hotel") == pytest.approx([idf * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 2 / 1.5)), 0, 0])
-    assert "hotel" not in new.terms
+@settings(max_examples=80, deadline=None)
+@given(parts=st.lists(st.lists(st.tuples(WORDS, st.booleans()), max_size=5), min_size=1, max_size=3), query=WORDS)
+def test_parts_with_masked_documents_score_as_one_collection_of_those_left(parts, query):
+    made = Corpus([part([text for text, _ in own], masked=[gone for _, gone in own]) for own in parts])
+    documents = [document for own in parts for document in own]
+    left = [text for text, gone in documents if not gone]
+    assert made.document_count == len(left)
+    scores = made.scores(query)
+    assert not any(score for score, (_, gone) in zip(scores, documents, strict=True) if gone)
+    if any(left):
+        met = [score for score, (_, gone) in zip(scores, documents, strict=True) if not gone]
+        assert met == pytest.approx(plain(left, query), abs=1e-9)

@@ -2,17 +2,20 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moerge import routing
 from moerge.errors import IndexInvalid, QueryInvalid
-from moerge.routing import cards, partition
+from moerge.routing import cards
 from moerge.routing.base import Query
+from moerge.routing.segment import Segment
 from moerge.routing.state import State
-from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, hash_of, state, unit
+from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, number_of, state, unit
 
 
 def plain(entries, query: Query, strategy: str = "hybrid") -> list[tuple[str, float]]:
@@ -76,7 +79,7 @@ def test_the_score_of_one_card_equals_the_value_worked_out_by_hand():
     first, second = made.rank(Query(text="salt", vector=unit(0.6, 0.8)), base_model="base/a").hits
     b = 0.6931472 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 4 / 3.5))
     dense = 0.6 * 0.8 + 0.2 * 0.0 + 0.2 * 0.98995
-    assert (first.expert, first.number, first.revision, first.base_model) == ("o/a", 1 + hash_of("o/a"), 7, "base/a")
+    assert (first.expert, first.number, first.revision, first.base_model) == ("o/a", number_of("o/a"), 7, "base/a")
     assert first.score == pytest.approx(0.6 * dense + 0.4 * b / (b + 20), abs=3e-4)
     assert first.parts == pytest.approx({"s_ex": 0.8, "s_desc": 0.0, "s_cen": 0.98995, "bm25": b}, abs=5e-4)
     assert (first.matched_example_index, first.confidence) == (1, "medium")
@@ -105,7 +108,8 @@ def test_cards_with_few_and_many_examples_stand_side_by_side(count):
 
 def columns(entries, query, **options):
     """Candidates of all these entries, by expert."""
-    made = state(*entries).partitions["base/a"].candidates(query, allow=[e.card.expert for e in entries], **options)
+    numbers = np.array([made.card.number for made in entries])
+    made = state(*entries).partitions["base/a"].find(query, allow=numbers, **options).candidates
     return made, {expert: place for place, expert in enumerate(made.experts)}
 
 
@@ -143,7 +147,7 @@ def test_tags_are_told_to_none_that_does_not_ask_and_to_none_without_vector():
 
 def test_a_tag_that_nobody_carries_any_more_is_gone():
     grown = state(entry("o/a", tags=("cook", "bake")), entry("o/b", tags=("cook",)))
-    left = grown.changed(seq=2, removed={"o/a"}).partitions["base/a"].candidates(question(1), with_tags=True)
+    left = grown.changed(seq=2, removed={"o/a"}).partitions["base/a"].find(question(1), with_tags=True).candidates
     assert (len(left.tag_cosines), left.tagged.tolist()) == (1, [[0, 0]])
 
 
@@ -227,8 +231,8 @@ def test_an_unknown_strategy_is_refused_with_the_known_ones():
 def test_only_allowed_experts_are_candidates_however_far_they_are():
     entries = crowd(80, seed=2)
     query = question(2)
-    allowed = {"base/a/003", "base/a/050", "base/a/079", "nobody"}
-    ranking = state(*entries).rank(query, allow=allowed, depth=1)
+    allowed = {"base/a/003", "base/a/050", "base/a/079"}
+    ranking = state(*entries).rank(query, allow=[1, *map(number_of, allowed)], depth=1)
     wanted = [pair for pair in plain(entries, query) if pair[0] in allowed]
     assert_same(ranked(ranking.hits), wanted)
     assert ranking.exhausted
@@ -256,28 +260,169 @@ def test_no_experts_at_all_give_an_empty_ranking():
     assert ranking.exhausted
 
 
-@settings(max_examples=30, deadline=None)
-@given(steps=st.lists(st.tuples(st.integers(0, 9), st.sampled_from("abx"), st.integers(0, 3)), max_size=25))
-def test_changes_in_any_order_end_where_a_state_built_anew_begins(steps):
-    """Each step puts an expert on a base (a or b) with some content, or removes it (x)."""
-    grown, alive = state(), {}
-    for seq, (number, where, content) in enumerate(steps, start=2):
-        expert = f"o/{number}"
-        if where == "x":
-            alive.pop(expert, None)
-            grown = grown.changed(seq=seq, removed={expert})
+def snapshot(*entries, **limits) -> State:
+    """A state whose entries all stand in segments, as after opening a snapshot."""
+    bases = {made.card.base_model for made in entries}
+    segments = {
+        base: Segment.build((made for made in entries if made.card.base_model == base), dimension=DIMENSION, **limits)
+        for base in bases
+    }
+    return State.based_on(segments, seq=1, encoder_id="test", dimension=DIMENSION)
+
+
+def content(number: int, where: str, kind: int) -> cards.Entry:
+    """Expert `number` on base a or b with one of some contents; kinds 0 and 4 share words and vectors."""
+    word = WORDS[kind % 4]
+    return entry(
+        f"o/{number:02d}",
+        base=f"base/{where}",
+        description=word,
+        examples=tuple(WORDS[kind : kind + kind % 3]),
+        tags=(word, WORDS[kind % 2]),
+        seed=kind % 4 - number_of(f"o/{number:02d}"),
+    )
+
+
+CONTENTS = st.tuples(st.integers(0, 9), st.sampled_from("ab"), st.integers(0, 7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    first=st.lists(CONTENTS, max_size=10, unique_by=lambda drawn: drawn[0]),
+    steps=st.lists(st.one_of(CONTENTS, st.integers(0, 9)), max_size=12),
+    depth=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_a_snapshot_with_changes_ranks_as_a_fresh_one_and_as_scoring_every_card(first, steps, depth, seed):
+    """Each step puts an expert on a base with some content, or takes out the expert of that number."""
+    alive = {f"o/{drawn[0]:02d}": content(*drawn) for drawn in first}
+    grown = snapshot(*alive.values())
+    for seq, step in enumerate(steps, start=2):
+        if isinstance(step, int):
+            gone = alive.pop(f"o/{step:02d}", None)
+            number = {gone.card.number} if gone and step % 2 else ()
+            grown = grown.changed(seq=seq, removed=() if number else {f"o/{step:02d}"}, withdrawn=number)
         else:
-            texts = tuple(WORDS[content : content + content])
-            alive[expert] = entry(
-                expert, base=f"base/{where}", description=WORDS[content], examples=texts, seed=content
-            )
-            grown = grown.changed(seq=seq, put=[alive[expert]])
+            made = content(*step)
+            alive[made.card.expert] = made
+            grown = grown.changed(seq=seq, put=[made])
         assert grown.seq == seq
-    anew = state(*alive.values())
+    fresh = snapshot(*alive.values())
     assert len(grown) == len(alive)
-    assert set(grown.partitions) == set(anew.partitions)
-    for seed in range(3):
-        assert_same(ranked(grown.rank(question(seed)).hits), ranked(anew.rank(question(seed)).hits))
+    assert {name: part.experts() for name, part in grown.partitions.items()} == {
+        name: part.experts() for name, part in fresh.partitions.items()
+    }
+    query = question(seed)
+    for base, strategy in (("base/a", "hybrid"), ("base/b", "dense"), (None, "two_stage")):
+        if strategy not in routing.catalogue():
+            continue
+        met = grown.rank(query, base_model=base, strategy=strategy, depth=depth).hits
+        wanted = fresh.rank(query, base_model=base, strategy=strategy, depth=depth).hits
+        assert_same(ranked(met), ranked(wanted))
+        assert [hit.expert for hit in met] == [hit.expert for hit in wanted]
+    mine = [made for made in alive.values() if made.card.base_model == "base/a"]
+    if mine:
+        assert_same(ranked(grown.rank(query, base_model="base/a", depth=20).hits), plain(mine, query))
+
+
+@pytest.mark.parametrize("limits", [{}, {"flat_limit": 50}, {"flat_limit": 50, "graph_limit": 50}])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.3, 0.9])
+def test_a_filter_gives_the_best_of_those_that_pass_and_never_one_of_another_base(limits, share):
+    entries = crowd(300, seed=11)
+    others = crowd(40, base="base/b", seed=12)
+    made = snapshot(*entries[:280], *others, **limits).changed(
+        seq=2, put=entries[280:], removed={one.card.expert for one in entries[:20]}
+    )
+    rng = np.random.default_rng(int(100 * share))
+    passing = [one for one in entries[20:] if rng.random() < share]
+    numbers = np.array([one.card.number for one in [*passing, *others, *entries[:20]]])
+    for seed in range(5):
+        query = question(seed)
+        hits = made.rank(query, base_model="base/a", strategy="dense", allow=numbers, limit=10).hits
+        wanted = [pair for pair in plain(entries[20:], query, "dense") if pair[0] in {e.card.expert for e in passing}]
+        assert_same(ranked(hits), wanted[:10])
+
+
+def test_where_a_search_finds_too_few_that_pass_all_of_them_are_compared():
+    """The two thousand nearest experts do not pass, which no search that stops early gets beyond."""
+    rng = np.random.default_rng(1)
+    near = [entry(f"near/{n:04d}", vectors=[unit(1, *(0.1 * rng.normal(size=7)))]) for n in range(1500)]
+    far = [entry(f"far/{n:03d}", vectors=[unit(-1, *(0.1 * rng.normal(size=7)))]) for n in range(400)]
+    query = Query(text="zzz", vector=unit(1))
+    for limits in ({"flat_limit": 50}, {"flat_limit": 50, "graph_limit": 50}):
+        made = snapshot(*near, *far, **limits)
+        hits = made.rank(query, strategy="dense", allow=[e.card.number for e in far], limit=20).hits
+        cosines = {e.card.expert: round(float(e.vectors[0] @ query.vector), 6) for e in far}
+        wanted = sorted(cosines.items(), key=lambda pair: (-pair[1], pair[0]))[:20]
+        assert_same(ranked(hits), wanted)
+
+
+def test_more_equal_experts_than_candidates_are_still_ordered_by_id():
+    twins = [entry(f"o/{number:03d}", vectors=[unit(1, 1)]) for number in range(120)]
+    made = snapshot(*twins[1:100]).changed(seq=2, put=[twins[0], *twins[100:]], removed=["o/003"])
+    hits = made.rank(Query(text="zzz", vector=unit(1, 1)), limit=4).hits
+    assert [hit.expert for hit in hits] == ["o/000", "o/001", "o/002", "o/004"]
+
+
+def test_two_states_on_one_segment_do_not_disturb_each_other():
+    first = snapshot(*crowd(20, seed=3))
+    second = first.changed(seq=2, removed={"base/a/003"}, put=[entry("base/a/004", description="salt")])
+    third = first.changed(seq=2, put=[entry("base/a/new", description="oven")])
+    assert first.partitions["base/a"].base is second.partitions["base/a"].base is third.partitions["base/a"].base
+    assert len(first), len(second) == (20, 19)
+    assert "base/a/003" not in second.partitions["base/a"].experts()
+    assert "base/a/003" in third.partitions["base/a"].experts()
+    assert second.partitions["base/a"].card("base/a/004").description == "salt"
+    assert first.partitions["base/a"].card("base/a/004").description != "salt"
+    with pytest.raises(KeyError):
+        second.partitions["base/a"].entry("base/a/003")
+
+
+def test_a_renamed_expert_leaves_nothing_behind_under_its_old_name():
+    old = entry("o/old", description="salt")
+    renamed = cards.restored(replace(old.card, expert="o/new", base_model="base/b"), old.vectors.astype(np.float16))
+    for made in (snapshot(old, *crowd(3)), state(old, *crowd(3))):
+        after = made.changed(seq=2, put=[renamed])
+        assert "o/old" not in after.partitions["base/a"].experts()
+        assert after.partitions["base/b"].experts() == ("o/new",)
+        assert len(after) == len(made)
+
+
+def test_a_name_that_went_to_another_expert_belongs_to_that_one_alone():
+    taken = replace(entry("o/a").card, number=99, description="oven")
+    made = snapshot(entry("o/a", description="salt"), *crowd(3))
+    after = made.changed(seq=2, put=[cards.restored(taken, entry("o/a").vectors.astype(np.float16))])
+    assert (after.partitions["base/a"].card("o/a").number, len(after)) == (99, 4)
+    assert len(after.changed(seq=3, withdrawn={number_of("o/a")})) == 4
+    assert len(after.changed(seq=3, withdrawn={99})) == 3
+
+
+def test_experts_without_a_number_do_not_replace_each_other():
+    bare = [cards.restored(replace(made.card, number=0), made.vectors.astype(np.float16)) for made in crowd(4)]
+    made = state(*bare[:2]).changed(seq=2, put=bare[2:], withdrawn={0})
+    assert len(made) == 4
+
+
+def test_the_overlay_counts_each_expert_that_differs_from_the_snapshot_once():
+    made = snapshot(*crowd(20))
+    assert (made.overlay_count, state(*crowd(7)).overlay_count) == (0, 7)
+    changed = made.changed(seq=2, removed={"base/a/001", "nobody"}, put=[entry("base/a/002"), entry("o/new")])
+    assert changed.overlay_count == 3
+    assert changed.changed(seq=3, put=[entry("o/new", description="again")]).overlay_count == 3
+    assert changed.changed(seq=3, removed={"o/new", "base/a/002"}).overlay_count == 2
+
+
+def test_a_change_that_concerns_one_base_leaves_the_others_as_they_are():
+    made = snapshot(*crowd(5), *crowd(5, base="base/b"))
+    after = made.changed(seq=2, put=[entry("o/new", base="base/b")], removed={"nobody"})
+    assert after.partitions["base/a"] is made.partitions["base/a"]
+    assert after.partitions["base/b"] is not made.partitions["base/b"]
+
+
+def test_a_base_whose_last_expert_left_is_gone():
+    assert set(snapshot(entry("o/a"), entry("o/b", base="base/b")).changed(seq=2, removed={"o/a"}).partitions) == {
+        "base/b"
+    }
 
 
 def test_a_removed_expert_is_never_returned_and_its_words_no_longer_count():
@@ -295,8 +440,6 @@ def test_an_edited_card_no_longer_matches_its_old_words_and_vectors():
     hits = {hit.expert: hit for hit in edited.rank(Query(text="salt oven", vector=unit(1)), depth=99).hits}
     assert hits["o/a"].parts == {"bm25": 0.0, "s_ex": 0.0, "s_desc": 0.0, "s_cen": 0.0}
     assert len(edited) == 6
-    part = edited.partitions["base/a"]
-    assert len(part.vectors) == sum(len(found.vectors) for found in part.slots if found)
 
 
 def test_a_state_that_others_still_read_does_not_change():
@@ -306,14 +449,6 @@ def test_a_state_that_others_still_read_does_not_change():
     before.changed(seq=2, removed={"base/a/001"}, put=[entry("base/a/002", description="salt")])
     assert before.rank(question(3)) == answer
     assert (before.seq, len(before)) == (1, 10)
-
-
-def test_a_partition_replaces_what_it_has_of_an_expert_that_is_put_in_again():
-    part = partition.empty(DIMENSION).changed(put=[entry("o/a", examples=("x", "y")), entry("o/b")], removed=())
-    again = part.changed(put=[entry("o/a", description="salt")], removed=())
-    assert (len(again), len(again.vectors), again.words.document_count) == (2, 4, 2)
-    assert again.candidates(Query(text="salt")).experts == ("o/a",)
-    assert again.candidates(Query(text="x")).experts == ()
 
 
 def test_vectors_of_another_width_do_not_enter():

@@ -1,0 +1,50 @@
+"""Strings: many texts in one block of bytes, so that a file mapped into memory can hold them and processes share it."""
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Strings(Sequence[str]):
+    """Text i is the UTF-8 in `blob` from `offsets[i]` to `offsets[i + 1]`."""
+
+    blob: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Strings":
+        """Pack texts, in the order given."""
+        encoded = [_bytes(text) for text in texts]
+        offsets = np.fromiter(accumulate(map(len, encoded), initial=0), dtype=np.int64, count=len(encoded) + 1)
+        return cls(blob=np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets=offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, place: int) -> str:  # type: ignore[override]  # No slices.
+        return self._at(place).decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[place] for place in range(len(self)))
+
+    def place(self, text: str) -> int:
+        """How many of these texts, which must be ascending, come before one."""
+        # The bytes of UTF-8 are in the order of the code points, as strings are in Python.
+        return bisect.bisect_left(range(len(self)), _bytes(text), key=self._at)
+
+    def find(self, text: str) -> int:
+        """Where a text stands among these, which must be ascending; -1 where it does not."""
+        place = self.place(text)
+        return place if place < len(self) and self._at(place) == _bytes(text) else -1
+
+    def _at(self, place: int) -> bytes:
+        return self.blob[self.offsets[place] : self.offsets[place + 1]].tobytes()
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
