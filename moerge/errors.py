@@ -13,6 +13,8 @@ MoergeError
  ├─ StatisticsInvalid   statistics beside an adapter do not fit it, or hold what no statistics can
  ├─ QueryInvalid        a routing query breaks a rule
  ├─ IndexInvalid        vectors or a saved index do not fit what the routing index holds
+ ├─ GatesInvalid        token-level gates do not fit their adapter, or are no gates
+ ├─ PackInvalid         a routing pack, or prototypes, are not what their format says
  └─ EncoderInvalid      the installed encoder is not the one known here
 
 Every error carries what was met, what was wanted and what to do about it, so that each door can show it.
@@ -95,3 +97,11 @@ class IndexInvalid(MoergeError):
 
 class EncoderInvalid(MoergeError):
     """The weights of the packaged encoder are not those that the vectors in use were made with."""
+
+
+class GatesInvalid(MoergeError):
+    """A gate has no module in the adapter, another width than it, is not finite or is zero; or metadata is wrong."""
+
+
+class PackInvalid(MoergeError):
+    """A routing pack or a file of prototypes breaks its format, or what is to go into one does not fit together."""

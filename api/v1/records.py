@@ -7,7 +7,9 @@ from django.http import HttpRequest
 from rest_framework.request import Request
 
 from registry import jobs, selectors
-from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision
+from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision, RoutingEvaluation
+from registry.selectors import Viewer
+from registry.services import evaluations
 
 AnyRequest = HttpRequest | Request
 
@@ -197,6 +199,18 @@ def key(row: ApiKey) -> dict[str, Any]:
         "created_at": moment(row.created_at),
         "expires_at": moment(row.expires_at),
         "last_used_at": moment(row.last_used_at),
+    }
+
+
+def evaluation(row: RoutingEvaluation, viewer: Viewer) -> dict[str, Any]:
+    return {
+        "id": row.pk,
+        "base_model": row.base_model.name if row.base_model else None,
+        "strategy": row.strategy,
+        "index_seq": row.index_seq,
+        "figures": evaluations.told(row, viewer),
+        "created_by": row.created_by.username if row.created_by else None,
+        "created_at": moment(row.created_at),
     }
 
 

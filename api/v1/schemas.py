@@ -237,6 +237,79 @@ class RouteAnswer(s.Serializer[Any]):
     embedding_model = s.CharField(allow_null=True)
 
 
+class Share(s.FloatField):
+    """A share, 0 to 1, or null where there was nothing to take a share of."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(min_value=0, max_value=1, **more)
+
+
+class EvaluatedSuite(StrictSerializer):
+    suite = s.CharField(max_length=40)
+    queries = s.IntegerField(min_value=1, max_value=1_000_000)
+    recall_1 = Share()
+    recall_5 = Share()
+    recall_10 = Share()
+    mrr = Share()
+
+
+class EvaluatedBand(StrictSerializer):
+    confidence = s.ChoiceField(["high", "medium", "low"])
+    in_scope = s.IntegerField(min_value=0, max_value=1_000_000)
+    right = s.IntegerField(min_value=0, max_value=1_000_000)
+    out_of_scope = s.IntegerField(min_value=0, max_value=1_000_000)
+
+
+class EvaluatedConfusion(StrictSerializer):
+    gold = s.CharField(max_length=200, help_text="The expert that ought to have come first.")
+    found = s.CharField(max_length=200, help_text="The expert that did.")
+    queries = s.IntegerField(min_value=1, max_value=1_000_000)
+
+
+class EvaluationFigures(StrictSerializer):
+    """As `moerge eval-router --json` prints them; what needs queries of a kind that was not there is null."""
+
+    in_scope = s.IntegerField(min_value=0, max_value=1_000_000)
+    out_of_scope = s.IntegerField(min_value=0, max_value=1_000_000)
+    recall_1 = Share(allow_null=True)
+    recall_5 = Share(allow_null=True)
+    recall_10 = Share(allow_null=True)
+    mrr = Share(allow_null=True)
+    macro_recall_1 = Share(allow_null=True)
+    macro_recall_5 = Share(allow_null=True)
+    macro_recall_10 = Share(allow_null=True)
+    auroc = Share(allow_null=True)
+    threshold = Share()
+    kept = Share(allow_null=True)
+    recall_1_of_kept = Share(allow_null=True)
+    let_through = Share(allow_null=True)
+    suites = s.ListField(child=EvaluatedSuite(), max_length=64)
+    calibration = s.ListField(child=EvaluatedBand(), max_length=3)
+    confusions = s.ListField(child=EvaluatedConfusion(), max_length=20)
+
+
+class EvaluationRequest(StrictSerializer):
+    base_model = s.CharField(allow_null=True, max_length=200)
+    strategy = s.CharField(max_length=40)
+    index_seq = s.IntegerField(min_value=0)
+    figures = EvaluationFigures()
+
+
+class RouterEvaluation(s.Serializer[Any]):
+    id = s.IntegerField()
+    base_model = s.CharField(allow_null=True)
+    strategy = s.CharField()
+    index_seq = s.IntegerField()
+    figures = EvaluationFigures()
+    created_by = s.CharField(allow_null=True)
+    created_at = s.DateTimeField()
+
+
+class EvaluationPage(s.Serializer[Any]):
+    items = RouterEvaluation(many=True)
+    next = s.CharField(allow_null=True)
+
+
 class MergeExpert(StrictSerializer):
     expert = s.CharField(max_length=200)
     revision = s.CharField(required=False, allow_null=True, max_length=200)

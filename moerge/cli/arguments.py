@@ -41,6 +41,21 @@ def count(text: str) -> int:
     return value
 
 
+def score(text: str) -> float:
+    """A score of routing, 0 to 1."""
+    value = number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a score from 0 to 1")
+    return value
+
+
+def results(text: str) -> int:
+    """How many experts a hub answers with at most, 1 to 50."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= 50):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 50")
+    return int(text)
+
+
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Two columns."""
     width = max((len(name) for name, _ in rows), default=0)

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 import moerge
-from moerge.cli import compress, decompress, merge, problems, pull, verify
+from moerge.cli import compress, decompress, eval_router, merge, problems, pull, route, verify
 from moerge.cli.terminal import Terminal
 from moerge.errors import MoergeError
 
-COMMANDS = (compress, decompress, verify, pull, merge)
+COMMANDS = (compress, decompress, verify, pull, merge, route, eval_router)
 EPILOG = """exit status:
   0  done
   1  refused: the problem, with its remedy, is on stderr
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     made = argparse.ArgumentParser(
         prog="moerge",
-        description="Compress and merge experts (PEFT adapters), bring them back, fetch and verify them from a hub.",
+        description="Compress, merge and restore experts (PEFT adapters); find, fetch and verify them on a hub.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -182,13 +182,14 @@ def with_base(config: AdapterConfig, facts: AdapterFacts, shapes: Shapes) -> dic
 def delta(site: Site) -> LowRank | Dense:
     """The factors of one module as matrices; a convolution's are flattened to (rank, in * kernel) and (out, rank).
 
-    With DoRA the delta itself: magnitude * (W + B A) / |W + B A| - W, the norm per output.
+    With DoRA the delta itself: magnitude * (W + B A) / |W + B A| - W, the norm per output; without a base, for a caller
+    who has accepted that blocker, B A alone.
     """
     facts = site.facts
     A, B = (site.read(role if role in site.tensors else f"embedding_{role}") for role in "AB")
     rank = A.shape[0]
     found = LowRank(A.reshape(rank, -1), B.reshape(-1, rank), facts.scaling, facts.layout)
-    if not site.config.use_dora:
+    if not site.config.use_dora or site.base is None:
         return found
     weight, magnitude = site.base_weight(), site.read("magnitude").ravel()
     if len(magnitude) != facts.shape[0]:
