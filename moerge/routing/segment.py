@@ -121,8 +121,8 @@ class Segment:
 def ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """The numbers of all half-open ranges, one range after the other: (n,), (n,) -> (sum of lengths,)."""
     lengths = ends - starts
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(starts - before, lengths)
+    shifts: NDArray[np.int64] = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return shifts + np.arange(len(shifts))
 
 
 def _packed(name: str, texts: Iterable[str]) -> dict[str, NDArray[Any]]:
