@@ -15,7 +15,8 @@ MoergeError
  ├─ IndexInvalid        vectors or a saved index do not fit what the routing index holds
  ├─ GatesInvalid        token-level gates do not fit their adapter, or are no gates
  ├─ PackInvalid         a routing pack, or prototypes, are not what their format says
- └─ EncoderInvalid      the installed encoder is not the one known here
+ ├─ EncoderInvalid      the installed encoder is not the one known here
+ └─ ExtraMissing        an optional part of the library is not installed
 
 Every error carries what was met, what was wanted and what to do about it, so that each door can show it.
 """
@@ -105,3 +106,7 @@ class GatesInvalid(MoergeError):
 
 class PackInvalid(MoergeError):
     """A routing pack or a file of prototypes breaks its format, or what is to go into one does not fit together."""
+
+
+class ExtraMissing(MoergeError, ImportError):
+    """A part of the library was asked for whose own dependencies are not installed."""

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 
 import moerge
-from moerge.cli import compress, decompress, eval_router, merge, problems, pull, route, verify
+from moerge.cli import compress, decompress, eval_router, merge, problems, pull, route, train_gates, verify
 from moerge.cli.terminal import Terminal
 from moerge.errors import MoergeError
 
-COMMANDS = (compress, decompress, verify, pull, merge, route, eval_router)
+COMMANDS = (compress, decompress, verify, pull, merge, route, eval_router, train_gates)
 EPILOG = """exit status:
   0  done
   1  refused: the problem, with its remedy, is on stderr

@@ -32,6 +32,7 @@ from moerge.client.references import Reference
 from moerge.tensors import strict
 
 JSON_BYTES = 32 * 2**20
+FILE_BYTES = 2**30
 PROBLEM_BYTES = 2**20
 _JSON_KEYS, _JSON_DEPTH = 1_000_000, 64
 WAIT_SECONDS = 600.0
@@ -134,24 +135,18 @@ class Hub:
 
         Raises as `json` does.
         """
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        content = None if body is None else json.dumps(body, allow_nan=False).encode()
-        return self._answered(_Asked(path, "POST", headers=headers, content=content), (200, 201, 202), patience)
+        return self._answered(_posted(path, body), (200, 201, 202), patience)
+
+    def post_for_file(self, path: str, body: Any, *, patience: Patience | None = None) -> bytes:
+        """The file that answers a body, of at most 1 GiB. Raises as `json` does."""
+        return self._whole(_posted(path, body), (200,), patience or self.patience(), FILE_BYTES)[1]
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask once that a job be stopped; the job as it stands then, or None where the hub did not do so."""
         return self._try_job(job_id, "POST", "/cancel")
 
     def _answered(self, asked: _Asked, accept: Collection[int], patience: Patience | None) -> tuple[int, Any]:
-        patience = patience or self.patience()
-        failures = 0
-        while True:
-            try:
-                with self._stream(asked, accept, patience) as answer:
-                    status, data = answer.status, _limited(answer.blocks, JSON_BYTES)
-                break
-            except BrokenOff as error:
-                failures = self._pause(failures, error, patience)
+        status, data = self._whole(asked, accept, patience or self.patience(), JSON_BYTES)
         try:
             return status, _parsed(data)
         except strict.Malformed as error:
@@ -159,6 +154,16 @@ class Hub:
                 f"The answer of {self.endpoint}{asked.path} is not JSON.", pointer=asked.path, met=ascii(data[:60]),
                 wanted="JSON", remedy="Check that --endpoint or HF_ENDPOINT is the address of a hub.",
             ) from error  # fmt: skip
+
+    def _whole(self, asked: _Asked, accept: Collection[int], patience: Patience, limit_bytes: int) -> tuple[int, bytes]:
+        """Status and all bytes of an answer; one that breaks off is asked for again."""
+        failures = 0
+        while True:
+            try:
+                with self._stream(asked, accept, patience) as answer:
+                    return answer.status, _limited(answer.blocks, limit_bytes)
+            except BrokenOff as error:
+                failures = self._pause(failures, error, patience)
 
     @contextmanager
     def stream(
@@ -321,6 +326,13 @@ class Hub:
             f"{self.endpoint} does not answer: {str(error)[:200] or type(error).__name__}.", pointer=self.endpoint,
             met=type(error).__name__, wanted="an answer", remedy="Check the address and that the hub is running.",
         )  # fmt: skip
+
+
+def _posted(path: str, body: Any) -> _Asked:
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    return _Asked(
+        path, "POST", headers=headers, content=None if body is None else json.dumps(body, allow_nan=False).encode()
+    )
 
 
 def _raise_of_merge(reference: Reference, state: str, job: Job | None) -> None:

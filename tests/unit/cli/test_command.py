@@ -26,14 +26,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_there_are_these_commands_and_no_other():
-    assert NAMES == ["compress", "decompress", "verify", "pull", "merge"]
+    assert NAMES == ["compress", "decompress", "verify", "pull", "merge", "route", "eval-router", "train-gates"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_explains_itself_with_an_example(moerge, name):
     done = moerge(name, "--help")
     assert (done.status, done.err) == (0, "")
-    assert f"moerge {name} " in done.out.split("example")[1]
+    assert f"moerge {name} " in done.out.split("example:")[1]
     for option in ("--json", "--quiet", "--endpoint", "--token"):
         assert option in done.out
 
