@@ -81,6 +81,5 @@ class Application:
         return self._router.route(**body)
 
     def _encode(self, body: dict[str, Any]) -> dict[str, Any]:
-        vectors = self._router.encode(body["texts"])
-        packed = base64.b64encode(vectors.astype("<f4").tobytes()).decode("ascii")
-        return {"encoder": self._router.health()["embedding_model"], "vectors": packed}
+        vectors = self._router.encode(body["texts"], encoder_id=body["encoder"])
+        return {"vectors": base64.b64encode(vectors.astype("<f4").tobytes()).decode("ascii")}

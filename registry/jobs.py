@@ -37,9 +37,11 @@ class JobKind(StrEnum):
     MERGE = "merge"
     KINSHIP = "kinship"
     RECONSTRUCT = "reconstruct"
+    REEMBED = "reembed"
+    SNAPSHOT = "snapshot"
 
 
-HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT})
+HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT, JobKind.SNAPSHOT})
 # Job.priority; the queues give the smallest number first.
 WAITED_FOR, ASKED_FOR, NOBODY_WAITS = 0, 3, 6
 # A worker that no longer hears its own clock is ended by Celery, long after its job was closed.

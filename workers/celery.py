@@ -5,6 +5,7 @@ import os
 import threading
 
 from celery import Celery
+from celery.schedules import crontab
 from celery.signals import worker_process_init
 from kombu import Queue
 
@@ -42,6 +43,13 @@ app.conf.update(
     beat_schedule={
         "sweep": {"task": "workers.sweep", "schedule": 10.0, "options": {"queue": "light", "expires": 30}},
         "clean": {"task": "workers.clean", "schedule": 600.0, "options": {"queue": "light", "expires": 600}},
+        "snapshot": {"task": "workers.snapshots", "schedule": 30.0, "options": {"queue": "light", "expires": 30}},
+        "snapshot-nightly": {
+            "task": "workers.snapshots",
+            "schedule": crontab(hour=3, minute=10),
+            "kwargs": {"is_due": True},
+            "options": {"queue": "light", "expires": 3600},
+        },
     },
 )
 

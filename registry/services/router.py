@@ -1,4 +1,4 @@
-"""What the router process holds and does: the encoder, the index, and the thread that follows the change log.
+"""What the router process holds and does: encoders, the index of each, and the thread that follows the change log.
 
 Only that process imports this file. The encoder takes 10 s and more to import, so it loads in a thread of its own;
 until then BM25 answers alone, and every answer says so.
@@ -7,7 +7,9 @@ until then BM25 answers alone, and every answer says so.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,13 +17,16 @@ from django.db import DatabaseError, InterfaceError, connection
 from numpy.typing import NDArray
 
 from moerge import embedding
-from moerge.errors import IndexInvalid, MoergeError
+from moerge.errors import EncoderInvalid, MoergeError
 from moerge.routing import cards
 from moerge.routing.base import Query
 from moerge.routing.partition import DEPTH
 from moerge.routing.state import DEFAULT_STRATEGY, Hit, State
+from registry import models
 from registry.errors import IndexNotReady
-from registry.models import Embedding, RoutingChange, RoutingClock
+from registry.models import RoutingClock
+from registry.services import encoders
+from registry.services.following import Follower
 
 if TYPE_CHECKING:
     from moerge.embedding.encoder import Encoder
@@ -30,39 +35,86 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 2.0
-_ROWS_AT_ONCE = 500
-
-# In the order of the rows of an entry.
-_ROW_KINDS = ("description", "centroid", "example", "instruction")
 
 
-def load_encoder() -> "Encoder":
-    """The packaged encoder; importing it is the slow part."""
+def load_encoder(row: models.Encoder) -> "Encoder":
+    """The encoder of a row; importing its library is the slow part. Raises EncoderInvalid and OSError."""
     from moerge.embedding import encoder  # noqa: PLC0415  # Measured: 10 to 25 s, so only here and in a thread.
 
+    if row.folder:
+        return encoder.load(folder=Path(row.folder), encoder_id=row.pk, max_tokens=row.max_tokens)
+    if row.pk != embedding.ENCODER_ID:
+        raise EncoderInvalid(
+            "the packaged encoder is not the one that the vectors are from",
+            met=embedding.ENCODER_ID,
+            wanted=row.pk,
+            remedy=f"change to the packaged one: bin/manage change_encoder {embedding.ENCODER_ID}",
+        )
     return encoder.load()
+
+
+class Line:
+    """One encoder, which loads in a thread of its own, and the index of its vectors."""
+
+    def __init__(
+        self, row: models.Encoder, *, load: Callable[[models.Encoder], "Encoder"], wake: Callable[[], None]
+    ) -> None:
+        self.row = row
+        self.follower = Follower(row, wake=wake)
+        self.encoder: Encoder | None = None
+        self.trouble = ""
+        self._load = load
+        self._wake = wake
+        self.loader = threading.Thread(target=self._load_encoder, daemon=True, name="encoder")
+        self.loader.start()
+
+    def encoder_state(self) -> str:
+        return "ready" if self.encoder else "loading" if self.loader.is_alive() else "failed"
+
+    def _load_encoder(self) -> None:
+        started = time.monotonic()
+        facts = {"encoder.id": self.row.pk}
+        try:
+            self.encoder = self._load(self.row)
+        except (MoergeError, OSError) as error:
+            self.trouble = str(error)
+            log.exception("The encoder did not load.", extra=facts)
+        else:
+            seconds = round(time.monotonic() - started, 1)
+            log.info("The encoder is ready.", extra={**facts, "encoder.load_seconds": seconds})
+        self._wake()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Serving:
+    """What answers a request: an index, and the encoder of its vectors, None while that loads."""
+
+    line: Line
+    state: State
+    encoder: "Encoder | None"
 
 
 class Router:
     """Answers from an immutable state that one thread replaces; requests never wait for the database."""
 
-    def __init__(self, *, load: Callable[[], "Encoder"] = load_encoder) -> None:
+    def __init__(self, *, load: Callable[[models.Encoder], "Encoder"] = load_encoder) -> None:
         self._load = load
-        self._encoder: Encoder | None = None
-        self._state: State | None = None
-        # Under which id an expert's entry stands in the state, and whose entry stands under an id.
-        self._ids: dict[int, str] = {}
-        self._owners: dict[str, int] = {}
-        self._reason = ""
+        # Replaced as a whole, by the follower's thread alone.
+        self._lines: dict[str, Line] = {}
+        self._active = ""
+        self._serving: Serving | None = None
         self._changed = threading.Condition()
         self._wake = threading.Event()
         self._stopped = threading.Event()
-        self._loader = threading.Thread(target=self._load_encoder, daemon=True, name="encoder")
         self._follower = threading.Thread(target=self._follow, daemon=True, name="index")
+
+    @property
+    def state(self) -> State | None:
+        """The index that answers now; None until the first was built."""
+        return self._serving.state if self._serving else None
 
     def start(self) -> Self:
         """Begin to load the encoder and to follow the change log."""
-        self._loader.start()
         self._follower.start()
         return self
 
@@ -74,22 +126,31 @@ class Router:
 
     def health(self) -> dict[str, Any]:
         """State of the encoder (ready, loading, failed) and of the index (ready, loading), and their figures."""
-        state = self._state
-        encoder = "ready" if self._encoder else "loading" if self._loader.is_alive() else "failed"
+        serving, lines = self._serving, self._lines
+        line = serving.line if serving else lines.get(self._active)
+        if line is None:
+            return {"encoder": "loading", "embedding_model": None, "index": "loading", "index_seq": None, "experts": 0}
+        troubles = "; ".join(one.trouble for one in lines.values() if one.trouble)
+        others = {name: one.encoder_state() for name, one in lines.items() if one is not line}
         return {
-            "encoder": encoder,
-            "embedding_model": embedding.ENCODER_ID,
-            "index": "ready" if state else "loading",
-            "index_seq": state.seq if state else None,
-            "experts": len(state) if state else 0,
-            **({"trouble": self._reason} if self._reason else {}),
+            "encoder": line.encoder_state(),
+            "embedding_model": line.row.pk,
+            **line.follower.figures(),
+            **({"other_encoders": others} if others else {}),
+            **({"trouble": troubles} if troubles else {}),
         }
 
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors (n, 384). Raises IndexNotReady while the encoder loads, QueryInvalid for an empty text."""
-        if self._encoder is None:
-            raise IndexNotReady("The encoder is still loading.", retry_after_seconds=2)
-        return self._encoder.encode(texts)
+    def encode(self, texts: Sequence[str], *, encoder_id: str) -> NDArray[np.float32]:
+        """Unit vectors (n, d) of texts of cards by an encoder that is in use.
+
+        Raises IndexNotReady while it loads, QueryInvalid for an empty text.
+        """
+        line = self._lines.get(encoder_id)
+        if line is None or line.encoder is None:
+            self._wake.set()
+            trouble = f" {line.trouble}" if line and line.trouble else ""
+            raise IndexNotReady(f"The encoder {encoder_id} is not loaded yet.{trouble}", retry_after_seconds=2)
+        return line.encoder.encode(texts)
 
     def route(
         self,
@@ -106,11 +167,12 @@ class Router:
 
         Raises IndexNotReady when the index does not reach `min_seq` within 2 s, QueryInvalid for a bad strategy.
         """
-        state = self._reached(min_seq)
+        serving = self._reached(min_seq)
+        state = serving.state
         wanted = strategy or DEFAULT_STRATEGY
         vectors: Iterable[NDArray[np.float32] | None] = [None] * len(texts)
-        if self._encoder is not None and wanted != "bm25":
-            vectors = self._encoder.encode(texts)
+        if serving.encoder is not None and wanted != "bm25":
+            vectors = serving.encoder.encode([serving.line.row.prefix + text for text in texts])
         answers = []
         for text, vector in zip(texts, vectors, strict=True):
             ranking = state.rank(
@@ -131,70 +193,66 @@ class Router:
             )
         return {
             "seq": state.seq,
-            "embedding_model": None if self._encoder is None else self._encoder.id,
+            "embedding_model": None if serving.encoder is None else serving.encoder.id,
             "strategy": wanted,
             "rankings": answers,
         }
 
     def refresh(self) -> None:
-        """Bring the state up to the clock. The clock is read first, so every change up to it is there to be read."""
+        """Bring what answers up to the clock and the encoders in use, each with its own index."""
+        # The clock first: every change up to it is there to be read.
         clock = RoutingClock.objects.order_by("pk").values_list("seq", flat=True).first() or 0
-        state = self._state
-        if state is None or clock < state.seq:  # at the start, or the database was set back to an older one
-            state = State(encoder_id=embedding.ENCODER_ID, dimension=embedding.DIMENSION)
-            self._ids, self._owners = {}, {}
-        elif clock == state.seq:
+        active, preparing = encoders.in_use()
+        self._active = active.pk
+        line = self.line(active)
+        if preparing is not None:
+            # Not all of its vectors are there before it is active, so it follows nothing until then.
+            self.line(preparing).follower.look()
+        line.follower.follow(clock)
+        serving = self._serving
+        if serving is not None and serving.line is not line:
+            # The one before answers until the active one can.
+            serving.line.follower.follow(clock)
+        self._settle()
+        kept = {active.pk, preparing.pk if preparing else "", self._serving.line.row.pk if self._serving else ""}
+        self._lines = {name: one for name, one in self._lines.items() if name in kept}
+
+    def line(self, row: models.Encoder) -> Line:
+        """The line of an encoder, which begins to load when it is first asked for."""
+        known = self._lines.get(row.pk)
+        if known is None:
+            known = Line(row, load=self._load, wake=self._wake.set)
+            self._lines = {**self._lines, row.pk: known}
+        return known
+
+    def _settle(self) -> None:
+        """Put in place, by one assignment, what answers from now on: an index and the encoder of its own vectors."""
+        before, line = self._serving, self._lines[self._active]
+        if before is not None and before.line is not line and (line.encoder is None or line.follower.state is None):
+            line = before.line
+        state = line.follower.state
+        if state is None:
             return
-        state = self._applied(state, clock)
         with self._changed:
-            self._state = state
+            self._serving = Serving(line=line, state=state, encoder=line.encoder)
             self._changed.notify_all()
-        log.info("The routing index is at a new state.", extra={"index.seq": state.seq, "index.experts": len(state)})
 
-    def _applied(self, state: State, clock: int) -> State:
-        """The state after the changes between it and the clock, in order; the last word on an expert counts."""
-        found = RoutingChange.objects.filter(seq__gt=state.seq, seq__lte=clock).order_by("seq")
-        changes = {change.expert_id: change for change in found}
-        entries = dict(_entries([change for change in changes.values() if change.operation == "put"]))
-        put: dict[str, cards.Entry] = {}
-        removed: set[str] = set()
-        for change in sorted(changes.values(), key=lambda change: change.seq):
-            if (before := self._ids.pop(change.expert_id, None)) is not None:
-                del self._owners[before]
-                removed.add(before)
-            entry = entries.get(change.seq)
-            if entry is not None:
-                expert = entry.card.expert
-                # A name that went from one expert to another belongs to the later one alone.
-                if (other := self._owners.get(expert)) is not None:
-                    del self._ids[other]
-                self._ids[change.expert_id], self._owners[expert] = expert, change.expert_id
-                put[expert] = entry
-        return state.changed(seq=clock, put=put.values(), removed=removed)
-
-    def _reached(self, seq: int) -> State:
-        """The state at `seq` or later; asks the follower to hurry and waits at most 2 s."""
-        if self._state is None or self._state.seq < seq:
+    def _reached(self, seq: int) -> Serving:
+        """What answers when its index is at `seq` or later; asks the follower to hurry and waits at most 2 s."""
+        if not self._is_at(seq):
             self._wake.set()
             with self._changed:
-                self._changed.wait_for(lambda: self._state is not None and self._state.seq >= seq, timeout=WAIT_SECONDS)
-        state = self._state
-        if state is None or state.seq < seq:
+                self._changed.wait_for(lambda: self._is_at(seq), timeout=WAIT_SECONDS)
+        serving = self._serving
+        if serving is None or serving.state.seq < seq:
             raise IndexNotReady(
-                f"The routing index stands at {state.seq if state else 'nothing yet'}, wanted {seq}.",
+                f"The routing index stands at {serving.state.seq if serving else 'nothing yet'}, wanted {seq}.",
                 retry_after_seconds=1,
             )
-        return state
+        return serving
 
-    def _load_encoder(self) -> None:
-        started = time.monotonic()
-        try:
-            self._encoder = self._load()
-        except (MoergeError, OSError) as error:
-            self._reason = str(error)
-            log.exception("The encoder did not load; BM25 answers alone.")
-            return
-        log.info("The encoder is ready.", extra={"encoder.load_seconds": round(time.monotonic() - started, 1)})
+    def _is_at(self, seq: int) -> bool:
+        return self._serving is not None and self._serving.state.seq >= seq
 
     def _follow(self) -> None:
         while not self._stopped.is_set():
@@ -206,48 +264,6 @@ class Router:
             self._wake.wait(POLL_SECONDS)
             self._wake.clear()
         connection.close()
-
-
-def _entries(changes: Sequence[RoutingChange]) -> Iterator[tuple[int, cards.Entry]]:
-    """Number of the change and entry, for each change whose vectors are stored by this encoder."""
-    for start in range(0, len(changes), _ROWS_AT_ONCE):
-        some = changes[start : start + _ROWS_AT_ONCE]
-        rows: dict[int, dict[str, list[bytes]]] = {}
-        stored = Embedding.objects.filter(
-            revision_id__in=[change.revision_id for change in some], encoder=embedding.ENCODER_ID
-        ).order_by("position")
-        for revision_id, kind, vector in stored.values_list("revision_id", "kind", "vector"):
-            rows.setdefault(revision_id, {}).setdefault(kind, []).append(bytes(vector))
-        for change in some:
-            own = rows.get(change.revision_id or 0, {})
-            ordered = [vector for kind in _ROW_KINDS for vector in own.get(kind, ())]
-            try:
-                yield change.seq, cards.restored(_card(change), _matrix(ordered))
-            except IndexInvalid as error:
-                # Its embed job will store them and publish again; nobody else waits for that.
-                log.warning("An expert has no fitting vectors.", extra={"error.detail": str(error)})
-
-
-def _card(change: RoutingChange) -> cards.Card:
-    known = change.card
-    return cards.Card(
-        expert=known["expert"],
-        base_model=known["base_model"],
-        name=known["name"],
-        description=known["description"],
-        examples=tuple(known["examples"]),
-        # A change of an older version has neither.
-        tags=tuple(known.get("tags", ())),
-        instruction=known.get("instruction", ""),
-        number=change.expert_id,
-        revision=change.revision_id or 0,
-    )
-
-
-def _matrix(rows: Sequence[bytes]) -> NDArray[np.float16]:
-    if any(len(row) != 2 * embedding.DIMENSION for row in rows):
-        raise IndexInvalid("a stored vector has another width than the encoder's", wanted=embedding.DIMENSION)
-    return np.frombuffer(b"".join(rows), dtype="<f2").reshape(len(rows), embedding.DIMENSION)
 
 
 def _hit(state: State, hit: Hit, *, explain: bool) -> dict[str, Any]:

@@ -26,12 +26,13 @@ def route(body: dict[str, Any]) -> dict[str, Any]:
     return _ask("POST", "/route", body=body, seconds=settings.HUB_ROUTER_TIMEOUT_SECONDS)
 
 
-def encode(texts: list[str]) -> tuple[str, NDArray[np.float32]]:
-    """The encoder's id and the unit vectors of texts, (n, 384). Raises IndexNotReady while the encoder loads."""
+def encode(texts: list[str], *, encoder_id: str) -> NDArray[np.float32]:
+    """The unit vectors of texts of cards, (n, d). Raises IndexNotReady while that encoder loads."""
     # A card of 33 long texts takes seconds on a busy core; nobody waits at a page for it.
-    answer = _ask("POST", "/encode", body={"texts": texts}, seconds=60 + settings.HUB_ROUTER_TIMEOUT_SECONDS)
+    seconds = 60 + settings.HUB_ROUTER_TIMEOUT_SECONDS
+    answer = _ask("POST", "/encode", body={"texts": texts, "encoder": encoder_id}, seconds=seconds)
     rows = np.frombuffer(base64.b64decode(answer["vectors"]), dtype="<f4")
-    return answer["encoder"], rows.reshape(len(texts), -1)
+    return rows.reshape(len(texts), -1)
 
 
 def health() -> dict[str, Any]:

@@ -5,6 +5,7 @@ anybody sees it, so that hiding or deleting an expert counts from that moment on
 routers by a log under one clock (RoutingChange, RoutingClock).
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,14 @@ import numpy as np
 from django.db import connection, transaction
 from django.db.models import Q
 
-from moerge import embedding
 from moerge.routing import cards
 from registry import jobs, selectors
 from registry.errors import Fault, IndexNotReady, QueryInvalid, TooLarge
-from registry.models import BaseModel, Embedding, Expert, Revision, RoutingChange, RoutingClock
+from registry.models import BaseModel, Embedding, Encoder, Expert, Revision, RoutingChange, RoutingClock
 from registry.selectors import Viewer
-from registry.services import bases, router_link
+from registry.services import bases, encoders, router_link
+
+log = logging.getLogger(__name__)
 
 MAX_TEXTS = 32
 MAX_CHARACTERS = 20_000
@@ -96,22 +98,34 @@ def embed(revision: Revision) -> dict[str, Any]:
     """
     assert revision.expert is not None
     card = card_of(revision.expert, revision)
+    active, preparing = encoders.in_use()
+    made = embed_by(active, revision, card)
+    if preparing is not None:
+        try:
+            embed_by(preparing, revision, card)
+        except IndexNotReady as error:
+            # Nobody need wait for an encoder that does not answer queries yet: its change embeds what is missing.
+            log.warning("A card was not embedded by the next encoder.", extra={"error.detail": error.detail})
+    return made
+
+
+def embed_by(encoder: Encoder, revision: Revision, card: cards.Card) -> dict[str, Any]:
+    """Store the vectors of a card by one encoder. Raises IndexNotReady while the router cannot encode by it."""
     digest = cards.digest(card)
-    if _is_embedded(revision, digest):
-        return {"encoder": embedding.ENCODER_ID, "vectors": len(cards.texts(card)) + 1, "reused": True}
-    encoder, vectors = router_link.encode(list(cards.texts(card)))
-    entry = cards.entry(card, vectors)
+    if _is_embedded(revision, digest, encoder):
+        return {"encoder": encoder.pk, "vectors": len(cards.texts(card)) + 1, "reused": True}
+    entry = cards.entry(card, router_link.encode(list(cards.texts(card)), encoder_id=encoder.pk))
     kinds = [(Embedding.Kind.DESCRIPTION, 0), (Embedding.Kind.CENTROID, 0)]
     kinds += [(Embedding.Kind.EXAMPLE, position) for position in range(len(cards.used_examples(card)))]
     kinds += [(Embedding.Kind.INSTRUCTION, 0)] if cards.has_instruction(card) else []
     with transaction.atomic():
         # Two runs of the same job take turns here, and the later one finds nothing to complain about.
         Revision.objects.select_for_update().get(pk=revision.pk)
-        Embedding.objects.filter(revision=revision, encoder=encoder).delete()
+        Embedding.objects.filter(revision=revision, encoder=encoder.pk).delete()
         Embedding.objects.bulk_create(
             Embedding(
                 revision=revision,
-                encoder=encoder,
+                encoder=encoder.pk,
                 kind=kind,
                 position=position,
                 text_digest=digest,
@@ -119,7 +133,7 @@ def embed(revision: Revision) -> dict[str, Any]:
             )
             for (kind, position), row in zip(kinds, entry.vectors.astype(np.float16), strict=True)
         )
-    return {"encoder": encoder, "vectors": len(kinds), "reused": False}
+    return {"encoder": encoder.pk, "vectors": len(kinds), "reused": False}
 
 
 def publish_to_index(revision: Revision) -> int | None:
@@ -135,7 +149,7 @@ def publish_to_index(revision: Revision) -> int | None:
         if selectors.head(expert) != revision or expert.deleted_at or expert.yanked_at:
             return None
         card = card_of(expert, revision)
-        if not _is_embedded(revision, cards.digest(card)):
+        if not _is_embedded(revision, cards.digest(card), encoders.held()):
             raise IndexNotReady("The card changed after its vectors were made.")
         return _log(expert, revision=revision, card=_record(card))
 
@@ -158,9 +172,10 @@ def changed(expert: Expert) -> int | None:
         return withdraw(expert)
     head = selectors.head(expert)
     stored = RoutingChange.objects.filter(expert=expert, operation=RoutingChange.Operation.PUT).first()
-    if head is not None and Embedding.objects.filter(revision=head, encoder=embedding.ENCODER_ID).exists():
+    encoder = encoders.held()
+    if head is not None and Embedding.objects.filter(revision=head, encoder=encoder.pk).exists():
         card = card_of(expert, head)
-        if _is_embedded(head, cards.digest(card)):
+        if _is_embedded(head, cards.digest(card), encoder):
             record = _record(card)
             is_same = stored is not None and (stored.revision_id, stored.card) == (head.pk, record)
             return None if is_same else _log(expert, revision=head, card=record)
@@ -208,9 +223,8 @@ def _embed_again(revision: Revision, digest: str) -> None:
     jobs.enqueue(jobs.JobKind.INDEX, revision=revision, after=first, key=f"{jobs.JobKind.INDEX}:{key}")
 
 
-def _is_embedded(revision: Revision, digest: str) -> bool:
-    stored = Embedding.objects.filter(revision=revision, encoder=embedding.ENCODER_ID)
-    return stored.filter(text_digest=digest).exists()
+def _is_embedded(revision: Revision, digest: str, encoder: Encoder) -> bool:
+    return Embedding.objects.filter(revision=revision, encoder=encoder.pk, text_digest=digest).exists()
 
 
 def _record(card: cards.Card) -> dict[str, Any]:
@@ -225,8 +239,8 @@ def _record(card: cards.Card) -> dict[str, Any]:
     }
 
 
-def _log(expert: Expert, *, revision: Revision | None, card: dict[str, Any]) -> int:
-    """Write a change under the next number of the clock, in the caller's transaction.
+def tick() -> int:
+    """The next number of the clock, in the caller's transaction.
 
     The clock's row stays locked until the commit. So numbers are given in the order of commits and none is skipped:
     whoever has read number n has seen all changes up to n. (A sequence would hand out n + 1 to a transaction that
@@ -238,7 +252,12 @@ def _log(expert: Expert, *, revision: Revision | None, card: dict[str, Any]) -> 
             f"INSERT INTO {table} AS clock (id, seq) VALUES (1, 1) "  # noqa: S608  # The name is our own.
             "ON CONFLICT (id) DO UPDATE SET seq = clock.seq + 1 RETURNING seq"
         )
-        seq = int(cursor.fetchone()[0])
+        return int(cursor.fetchone()[0])
+
+
+def _log(expert: Expert, *, revision: Revision | None, card: dict[str, Any]) -> int:
+    """Write a change under the next number of the clock, in the caller's transaction."""
+    seq = tick()
     # Each change replaces all that was known of its expert, so the log needs the last one only.
     RoutingChange.objects.filter(expert=expert).delete()
     operation = RoutingChange.Operation.PUT if revision else RoutingChange.Operation.REMOVE

@@ -6,6 +6,7 @@ import sys
 import pytest
 from celery import current_app
 
+from registry.services import encoders
 from registry.services.router import Router
 from tests.integration.routables import serving
 
@@ -28,9 +29,8 @@ def encoder():
 @pytest.fixture
 def router(settings, encoder):
     """A router with its encoder, at the address that the settings name; it follows the log when `refresh` is called."""
-    made = Router(load=lambda: encoder)
-    made._loader.start()
-    made._loader.join()
+    made = Router(load=lambda row: encoder)
+    made.line(encoders.packaged()).loader.join()
     with serving(made) as url:
         settings.HUB_ROUTER_URL = url
         yield made

@@ -38,6 +38,11 @@ def serving(router: Router, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
+def still_loading() -> Router:
+    """A router whose encoder never comes."""
+    return Router(load=lambda _: threading.Event().wait())
+
+
 def person(name: str, *, staff: bool = False) -> User:
     user = User.objects.create(username=name, is_staff=staff)
     namespace = Namespace.objects.create(name=name, key=names.strict_key(name))

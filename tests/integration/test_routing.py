@@ -4,9 +4,9 @@ import pytest
 
 from registry.errors import BaseUnknown, IndexNotReady, QueryInvalid, TooLarge
 from registry.models import Expert, Revision
-from registry.services import routing
+from registry.services import encoders, routing
 from registry.services.router import Router
-from tests.integration.routables import base_model, expert, person, published, serving
+from tests.integration.routables import base_model, expert, person, published, serving, still_loading
 
 pytestmark = pytest.mark.django_db
 
@@ -151,7 +151,7 @@ def test_top_k_limits_the_results(experts):
 
 
 def test_without_an_encoder_words_alone_answer_and_the_answer_says_so(experts, settings):
-    bare = Router()
+    bare = still_loading()
     bare.refresh()
     with serving(bare) as url:
         settings.HUB_ROUTER_URL = url
@@ -248,7 +248,7 @@ def test_the_router_answers_nobody_without_the_secret(experts, settings):
             assert set(refused.json()) == {"detail"}
 
 
-def test_the_router_refuses_what_is_not_a_request_of_its_doors(experts, settings, router):
+def test_the_router_refuses_what_is_not_a_request_of_its_doors(experts, settings, router, encoder):
     import httpx
 
     headers = {"X-Router-Secret": settings.HUB_ROUTER_SECRET}
@@ -256,30 +256,35 @@ def test_the_router_refuses_what_is_not_a_request_of_its_doors(experts, settings
     assert httpx.post(url + "/route", content=b"{", headers=headers).status_code == 400
     assert httpx.post(url + "/route", json={"unknown": 1}, headers=headers).status_code == 400
     assert httpx.get(url + "/route", headers=headers).status_code == 404
-    blank = httpx.post(url + "/encode", json={"texts": [""]}, headers=headers)
+    blank = httpx.post(url + "/encode", json={"texts": [""], "encoder": encoder.id}, headers=headers)
     assert (blank.status_code, blank.json()["pointer"]) == (422, "/texts/0")
-    loading = Router()
-    with serving(loading) as other:
-        busy = httpx.post(other + "/encode", json={"texts": ["x"]}, headers=headers)
+    with serving(still_loading()) as other:
+        busy = httpx.post(other + "/encode", json={"texts": ["x"], "encoder": encoder.id}, headers=headers)
     assert (busy.status_code, busy.headers["Retry-After"]) == (503, "2")
 
 
 def test_health_tells_what_is_ready(experts, encoder, settings):
     met = routing.router_health()
-    assert met == {"encoder": "ready", "embedding_model": encoder.id, "index": "ready", "index_seq": 4, "experts": 4}
-    with serving(Router()) as url:
+    assert met == {
+        "encoder": "ready",
+        "embedding_model": encoder.id,
+        "index": "ready",
+        "index_seq": 4,
+        "experts": 4,
+        "snapshot_seq": None,
+    }
+    with serving(still_loading()) as url:
         settings.HUB_ROUTER_URL = url
-        assert (routing.router_health()["encoder"], routing.router_health()["index"]) == ("failed", "loading")
+        assert (routing.router_health()["encoder"], routing.router_health()["index"]) == ("loading", "loading")
 
 
 def test_an_encoder_that_cannot_load_is_told_and_words_go_on(experts, settings):
-    def broken():
+    def broken(_):
         raise OSError("no such weights")
 
     lame = Router(load=broken)
-    lame._loader.start()
-    lame._loader.join()
     lame.refresh()
+    lame.line(encoders.packaged()).loader.join()
     with serving(lame) as url:
         settings.HUB_ROUTER_URL = url
         health = routing.router_health()

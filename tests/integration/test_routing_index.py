@@ -13,7 +13,7 @@ from registry.errors import IndexNotReady
 from registry.models import Embedding, Expert, Job, Ref, Revision, RoutingChange, RoutingClock
 from registry.services import experts, routing
 from registry.services.router import Router
-from tests.integration.routables import expert, next_head, person, published
+from tests.integration.routables import expert, next_head, person, published, serving, still_loading
 
 db = pytest.mark.django_db
 committed = pytest.mark.django_db(transaction=True)
@@ -30,7 +30,7 @@ def log() -> list[tuple[int, str, str]]:
 
 def known(router: Router) -> dict[str, int]:
     """Ids in the router's state and the revision each stands for."""
-    parts = router._state.partitions.values()
+    parts = router.state.partitions.values()
     return {name: part.card(name).revision for part in parts for name in part.experts()}
 
 
@@ -85,9 +85,7 @@ def test_a_card_that_changed_gets_new_vectors_in_place_of_the_old(router):
 
 @db
 def test_nothing_can_be_embedded_while_the_encoder_loads(settings):
-    from tests.integration.routables import serving
-
-    with serving(Router()) as url:
+    with serving(still_loading()) as url:
         settings.HUB_ROUTER_URL = url
         with pytest.raises(IndexNotReady) as caught:
             routing.embed(expert("ann/travel"))
@@ -254,7 +252,7 @@ def test_a_rebuild_publishes_what_can_be_routed_and_withdraws_what_cannot(router
 
 
 @db
-def test_a_router_that_follows_step_by_step_ends_where_a_fresh_one_begins(router):
+def test_a_router_that_follows_step_by_step_ends_where_a_fresh_one_begins(router, encoder):
     for number in range(4):
         published(f"ann/e{number}", f"words {number}", f"example {number}")
     router.refresh()
@@ -267,13 +265,13 @@ def test_a_router_that_follows_step_by_step_ends_where_a_fresh_one_begins(router
     routing.publish_to_index(head)
     published("ann/e9", "nine", base="base/two")
     router.refresh()
-    fresh = Router()
+    fresh = Router(load=lambda row: encoder)
     fresh.refresh()
     assert known(fresh) == known(router)
-    assert fresh._state.seq == router._state.seq == clock() == 7
-    for name, part in fresh._state.partitions.items():
+    assert fresh.state.seq == router.state.seq == clock() == 7
+    for name, part in fresh.state.partitions.items():
         for one in part.experts():
-            mine = router._state.partitions[name].entry(one)
+            mine = router.state.partitions[name].entry(one)
             assert np.array_equal(part.entry(one).vectors, mine.vectors)
             assert part.entry(one).card == mine.card
 
@@ -284,7 +282,7 @@ def test_an_entry_read_from_rows_equals_one_made_from_texts(router, encoder):
     router.refresh()
     card = routing.card_of(revision.expert, revision)
     made = cards.entry(card, encoder.encode(list(cards.texts(card))))
-    stored = router._state.partitions["base/one"].entry("ann/travel-desk")
+    stored = router.state.partitions["base/one"].entry("ann/travel-desk")
     # One batch of texts or another moves the last bit of a vector, and float16 may round that bit up.
     assert stored.vectors == pytest.approx(made.vectors, abs=2.5e-4)
     assert (stored.card, stored.counts) == (made.card, made.counts)
@@ -297,7 +295,7 @@ def test_an_expert_whose_stored_vectors_do_not_fit_is_left_out_and_the_others_st
     Embedding.objects.filter(revision=narrow, kind="centroid").update(vector=b"1234")
     router.refresh()
     assert known(router) == {"ann/good": good.pk}
-    assert router._state.seq == 3
+    assert router.state.seq == 3
 
 
 @db
@@ -317,7 +315,7 @@ def test_a_database_that_was_set_back_is_read_anew(router):
     RoutingChange.objects.exclude(seq=2).delete()
     RoutingClock.objects.update(seq=2)
     router.refresh()
-    assert (known(router), router._state.seq) == ({"ann/b": kept.pk}, 2)
+    assert (known(router), router.state.seq) == ({"ann/b": kept.pk}, 2)
 
 
 @committed
@@ -339,7 +337,7 @@ def test_of_two_transactions_that_end_in_the_opposite_order_no_change_is_lost(ro
         numbers[first.pk] = routing.publish_to_index(first)
         late.start()
         until(lambda: waiting_for_a_lock() or not late.is_alive())
-        looked = in_another_connection(lambda: (router.refresh(), router._state.seq, known(router)))
+        looked = in_another_connection(lambda: (router.refresh(), router.state.seq, known(router)))
         assert looked[1:] == (0, {})
     late.join(timeout=30)
     assert numbers == {first.pk: 1, second.pk: 2}
@@ -377,16 +375,16 @@ def test_a_router_that_lags_is_unavailable_for_who_names_a_later_change(router, 
 
 @committed
 def test_two_routers_see_a_change_without_being_asked(router, encoder):
-    other = Router(load=lambda: encoder).start()
+    other = Router(load=lambda row: encoder).start()
     router._follower.start()
     try:
         revision = published("ann/a", "x")
         for one in (router, other):
-            until(lambda one=one: one._state is not None and one._state.seq == 1)
+            until(lambda one=one: one.state is not None and one.state.seq == 1)
             assert known(one) == {"ann/a": revision.pk}
         routing.withdraw(revision.expert)
         for one in (router, other):
-            until(lambda one=one: one._state.seq == 2)
+            until(lambda one=one: one.state.seq == 2)
             assert known(one) == {}
     finally:
         router.stop()
@@ -407,7 +405,7 @@ def test_a_router_goes_on_after_any_trouble_of_the_database(router, monkeypatch,
     monkeypatch.setattr(RoutingClock.objects, "order_by", away, raising=False)
     router._follower.start()
     try:
-        until(lambda: router._state is not None)
+        until(lambda: router.state is not None)
     finally:
         router.stop()
 
@@ -416,7 +414,7 @@ def test_a_router_goes_on_after_any_trouble_of_the_database(router, monkeypatch,
 def test_a_router_survives_the_loss_of_its_database_connection(router):
     router._follower.start()
     try:
-        until(lambda: router._state is not None)
+        until(lambda: router.state is not None)
         with connection.cursor() as cursor:
             cursor.execute(
                 "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
@@ -424,7 +422,7 @@ def test_a_router_survives_the_loss_of_its_database_connection(router):
             )
             assert cursor.fetchone()[0] >= 1
         published("ann/a", "x")
-        until(lambda: router._state.seq == 1)
+        until(lambda: router.state.seq == 1)
     finally:
         router.stop()
 

@@ -1,0 +1,120 @@
+"""How a router keeps the index of one encoder up to the clock: a sound snapshot, and the changes after it on top.
+
+Only the router process imports this file.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+from django.db.models import QuerySet
+
+from moerge.errors import IndexInvalid
+from moerge.routing import snapshots
+from moerge.routing.segment import Segment
+from moerge.routing.state import State
+from registry.models import Encoder, RoutingChange, RoutingSnapshot
+from registry.services import entries
+
+log = logging.getLogger(__name__)
+
+# With more changes than these to come, a snapshot that is being opened is waited for.
+REPLAY_COUNT = 1000
+
+
+class Follower:
+    """The state of one encoder's index. One thread calls `look` and `follow`; snapshots are opened in another.
+
+    `wake` is called when a snapshot was opened or refused.
+    """
+
+    def __init__(self, encoder: Encoder, *, wake: Callable[[], None]) -> None:
+        self.encoder = encoder
+        self.state: State | None = None
+        self._wake = wake
+        self._snapshot_seq: int | None = None
+        self._trouble = ""
+        self._opening: threading.Thread | None = None
+        self._opened: tuple[int, Mapping[str, Segment]] | None = None
+        self._tried: set[tuple[int, str]] = set()
+        self._is_absence_told = False
+
+    def figures(self) -> dict[str, Any]:
+        """How far the index is, how much of it is from a snapshot, and why a later snapshot is not in use."""
+        state = self.state
+        return {
+            "index": "ready" if state else "loading",
+            "index_seq": state.seq if state else None,
+            "experts": len(state) if state else 0,
+            "snapshot_seq": self._snapshot_seq,
+            **({"snapshot_trouble": self._trouble} if self._trouble else {}),
+        }
+
+    def look(self) -> None:
+        """Begin to open the latest snapshot that is later than what there is, unless it was tried before."""
+        if self._opening is not None and self._opening.is_alive():
+            return
+        known = self._opened[0] if self._opened else -1 if self._snapshot_seq is None else self._snapshot_seq
+        rows = RoutingSnapshot.objects.filter(encoder=self.encoder.pk, seq__gt=known).order_by("-seq")
+        row = next((row for row in rows if (row.pk, row.digest) not in self._tried), None)
+        if row is not None:
+            self._tried.add((row.pk, row.digest))
+            self._opening = threading.Thread(target=self._open, args=(row,), daemon=True, name="snapshot")
+            self._opening.start()
+
+    def follow(self, clock: int) -> None:
+        """Bring the state up to the clock, which was read before, so that every change up to it is there to be read."""
+        if self.state is not None and clock < self.state.seq:  # the database was set back to an older one
+            self.state, self._snapshot_seq, self._opened = None, None, None
+            self._tried.clear()
+        self.look()
+        # Looked at in this order, a snapshot that is opened meanwhile is either met here or waited for.
+        is_opening = self._opening is not None and self._opening.is_alive()
+        opened, self._opened = self._opened, None
+        state = self.state or State(encoder_id=self.encoder.pk, dimension=self.encoder.dimension)
+        if opened is not None and opened[0] <= clock:
+            self._snapshot_seq, segments = opened
+            state = State.based_on(
+                segments, seq=self._snapshot_seq, encoder_id=self.encoder.pk, dimension=self.encoder.dimension
+            )
+        elif (self.state is not None and state.seq == clock) or (is_opening and _is_far(state.seq, clock)):
+            return
+        self.state = _replayed(state, clock, self.encoder)
+        log.info(
+            "The routing index is at a new state.",
+            extra={"index.seq": clock, "index.experts": len(self.state), "index.snapshot_seq": self._snapshot_seq},
+        )
+
+    def _open(self, row: RoutingSnapshot) -> None:
+        folder = Path(settings.HUB_HOME) / row.folder
+        try:
+            self._opened = row.seq, snapshots.open(folder, row.digest, encoder_id=row.encoder).segments
+            self._trouble = ""
+        except (IndexInvalid, OSError) as error:
+            self._trouble = f"Snapshot {row.seq} was passed by: {error}"
+            is_absent = not folder.is_dir()
+            # A router that does not share the home meets this with every snapshot.
+            if not (is_absent and self._is_absence_told):
+                log.warning("A snapshot of the routing index was passed by.", extra={"error.detail": str(error)})
+            self._is_absence_told = self._is_absence_told or is_absent
+        self._wake()
+
+
+def _changes(after: int, to: int) -> QuerySet[RoutingChange]:
+    return RoutingChange.objects.filter(seq__gt=after, seq__lte=to).order_by("seq")
+
+
+def _is_far(after: int, to: int) -> bool:
+    return _changes(after, to).count() > REPLAY_COUNT
+
+
+def _replayed(state: State, clock: int, encoder: Encoder) -> State:
+    """The state after the changes between it and the clock; each is the last word on its expert."""
+    changes = list(_changes(state.seq, clock))
+    put = [change for change in changes if change.operation == RoutingChange.Operation.PUT]
+    # Whoever has no fitting vectors is not left standing with the old ones.
+    withdrawn = {change.expert_id for change in changes}
+    return state.changed(seq=clock, put=entries.of(put, encoder), withdrawn=withdrawn)
