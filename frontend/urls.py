@@ -2,12 +2,15 @@
 
 from django.urls import path
 
-from frontend.views import account, catalogue, compression, docs, home, merging, uploading
+from frontend.views import account, catalogue, compression, docs, home, merging, router, uploading
 
 urlpatterns = [
     path("", home.home, name="home"),
     path("ask", home.ask, name="ask"),
     path("search", catalogue.search, name="search"),
+    path("router", router.router, name="router"),
+    path("router/answer", router.ask, name="router-answer"),
+    path("router/download", router.download, name="router-download"),
     path("upload", uploading.upload, name="upload"),
     path("merge", merging.builder, name="merge"),
     path("merge/check", merging.check, name="merge-check"),

@@ -10,6 +10,14 @@ from markdown_it import MarkdownIt
 from frontend import charts
 
 register = template.Library()
+PARTS = {
+    "s_ex": "Cosine with the nearest example",
+    "s_desc": "Cosine with name and description",
+    "s_cen": "Cosine with the middle of the examples",
+    "s_ins": "Cosine with the written instruction",
+    "s_tag": "Cosine with the middle of the experts that share a tag",
+    "bm25": "Words in common, rare ones counting more",
+}
 TAGS = {
     "p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "em", "strong", "code", "pre", "blockquote", "hr", "br",
     "table", "thead", "tbody", "tr", "th", "td", "a", "del",
@@ -60,6 +68,12 @@ def figure(value: float | None) -> str:
 @register.filter
 def ratio(original: int, small: int) -> str:
     return f"{original / small:.1f}x" if small else "–"
+
+
+@register.filter
+def part_says(name: str) -> str:
+    """What a part of a score is, in words."""
+    return PARTS.get(name, "A part of the score")
 
 
 @register.filter

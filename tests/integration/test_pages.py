@@ -155,7 +155,20 @@ def test_a_key_is_shown_once(ann, browser) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/search", "/docs", "/docs/errors", "/docs/api", "/login", "/join", "/upload", "/merge", "/settings"]
+    "path",
+    [
+        "/",
+        "/search",
+        "/docs",
+        "/docs/errors",
+        "/docs/api",
+        "/login",
+        "/join",
+        "/upload",
+        "/merge",
+        "/settings",
+        "/router",
+    ],
 )
 def test_every_page_is_there_and_loads_nothing_from_elsewhere(path: str, browser) -> None:
     answer = browser.get(path)
