@@ -36,7 +36,7 @@ class Follower:
         self.state: State | None = None
         self._wake = wake
         self._snapshot_seq: int | None = None
-        self._trouble = ""
+        self._refused: tuple[int, str] | None = None
         self._opening: threading.Thread | None = None
         self._opened: tuple[int, Mapping[str, Segment]] | None = None
         self._tried: set[tuple[int, str]] = set()
@@ -44,13 +44,13 @@ class Follower:
 
     def figures(self) -> dict[str, Any]:
         """How far the index is, how much of it is from a snapshot, and why a later snapshot is not in use."""
-        state = self.state
+        state, refused = self.state, self._refused
         return {
             "index": "ready" if state else "loading",
             "index_seq": state.seq if state else None,
             "experts": len(state) if state else 0,
             "snapshot_seq": self._snapshot_seq,
-            **({"snapshot_trouble": self._trouble} if self._trouble else {}),
+            **({"snapshot_trouble": f"Snapshot {refused[0]} was passed by: {refused[1]}"} if refused else {}),
         }
 
     def look(self) -> None:
@@ -70,6 +70,7 @@ class Follower:
         if self.state is not None and clock < self.state.seq:  # the database was set back to an older one
             self.state, self._snapshot_seq, self._opened = None, None, None
             self._tried.clear()
+            self._refused = None
         self.look()
         # Looked at in this order, a snapshot that is opened meanwhile is either met here or waited for.
         is_opening = self._opening is not None and self._opening.is_alive()
@@ -92,9 +93,11 @@ class Follower:
         folder = Path(settings.HUB_HOME) / row.folder
         try:
             self._opened = row.seq, snapshots.open(folder, row.digest, encoder_id=row.encoder).segments
-            self._trouble = ""
+            if self._refused is not None and self._refused[0] <= row.seq:
+                self._refused = None
         except (IndexInvalid, OSError) as error:
-            self._trouble = f"Snapshot {row.seq} was passed by: {error}"
+            if self._refused is None or self._refused[0] <= row.seq:
+                self._refused = row.seq, str(error)
             is_absent = not folder.is_dir()
             # A router that does not share the home meets this with every snapshot.
             if not (is_absent and self._is_absence_told):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from django.db import connection, transaction
 from django.db.models import Q
+from numpy.typing import NDArray
 
 from moerge.routing import cards
 from registry import jobs, selectors
@@ -111,10 +112,15 @@ def embed(revision: Revision) -> dict[str, Any]:
 
 def embed_by(encoder: Encoder, revision: Revision, card: cards.Card) -> dict[str, Any]:
     """Store the vectors of a card by one encoder. Raises IndexNotReady while the router cannot encode by it."""
-    digest = cards.digest(card)
-    if _is_embedded(revision, digest, encoder):
+    if _is_embedded(revision, cards.digest(card), encoder):
         return {"encoder": encoder.pk, "vectors": len(cards.texts(card)) + 1, "reused": True}
-    entry = cards.entry(card, router_link.encode(list(cards.texts(card)), encoder_id=encoder.pk))
+    count = _store(encoder, revision, card, router_link.encode(list(cards.texts(card)), encoder_id=encoder.pk))
+    return {"encoder": encoder.pk, "vectors": count, "reused": False}
+
+
+def _store(encoder: Encoder, revision: Revision, card: cards.Card, vectors: NDArray[np.float32]) -> int:
+    """Put the vectors of a card's texts in place of what was stored; how many rows that makes."""
+    entry = cards.entry(card, vectors)
     kinds = [(Embedding.Kind.DESCRIPTION, 0), (Embedding.Kind.CENTROID, 0)]
     kinds += [(Embedding.Kind.EXAMPLE, position) for position in range(len(cards.used_examples(card)))]
     kinds += [(Embedding.Kind.INSTRUCTION, 0)] if cards.has_instruction(card) else []
@@ -128,12 +134,12 @@ def embed_by(encoder: Encoder, revision: Revision, card: cards.Card) -> dict[str
                 encoder=encoder.pk,
                 kind=kind,
                 position=position,
-                text_digest=digest,
+                text_digest=cards.digest(card),
                 vector=row.astype("<f2").tobytes(),
             )
             for (kind, position), row in zip(kinds, entry.vectors.astype(np.float16), strict=True)
         )
-    return {"encoder": encoder.pk, "vectors": len(kinds), "reused": False}
+    return len(kinds)
 
 
 def publish_to_index(revision: Revision) -> int | None:

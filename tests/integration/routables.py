@@ -1,15 +1,19 @@
 """Experts with cards in the database, and a router on a local port: what the routing tests stand on."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+import numpy as np
+
 from config.router_views import Application
+from moerge.routing import cards
 from registry.checks import names
-from registry.models import BaseAlias, BaseModel, Expert, Membership, Namespace, Ref, Revision, User
-from registry.services import routing
+from registry.models import BaseAlias, BaseModel, Encoder, Expert, Membership, Namespace, Ref, Revision, User
+from registry.services import encoders, routing
 from registry.services.router import Router
 
 
@@ -103,3 +107,34 @@ def published(*arguments: str, **options: object) -> Revision:
     routing.embed(revision)
     routing.publish_to_index(revision)
     return revision
+
+
+def stored(revision: Revision, encoder: Encoder | None = None) -> Revision:
+    """A revision with unit vectors of chance, another one for each text, and no encoder to wait for."""
+    row = encoder or encoders.packaged()
+    card = routing.card_of(revision.expert, revision)
+    vectors = [chance(text, row.dimension) for text in cards.texts(card)]
+    routing._store(row, revision, card, np.array(vectors))
+    return revision
+
+
+def chance(text: str, dimension: int = 384) -> np.ndarray:
+    """A unit vector that depends on nothing but the text."""
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    vector = np.random.default_rng(seed).standard_normal(dimension).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def put(*arguments: str, **options: object) -> Revision:
+    """An expert that was published with vectors of chance."""
+    revision = stored(expert(*arguments, **options))
+    routing.publish_to_index(revision)
+    return revision
+
+
+def reworded(revision: Revision, description: str, *examples: str) -> Revision:
+    """The same revision, published again with other words."""
+    Expert.objects.filter(pk=revision.expert_id).update(description=description, examples=list(examples))
+    fresh = Revision.objects.select_related("expert__namespace", "base_model").get(pk=revision.pk)
+    routing.publish_to_index(stored(fresh))
+    return fresh
