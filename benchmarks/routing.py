@@ -1,21 +1,24 @@
 """Quality of routing on a labelled set of queries, ranked by the functions that the router serves with."""
 
 import argparse
+import itertools
 import json
+import math
+import operator
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moerge.embedding import DIMENSION
 from moerge.routing import cards, catalogue
-from moerge.routing.base import Query
+from moerge.routing.base import Query, Spec
 from moerge.routing.cards import Card, Entry
 from moerge.routing.state import Hit, State
 
@@ -25,6 +28,8 @@ SUMMARY = "Right expert first: R@k, MRR and abstention on labelled queries, and 
 BASE = "benchmark/base"
 # What the same score reached when it was first measured on the development queries (standard error .012).
 TARGETS = {"micro R@1": 0.475, "micro R@5": 0.685, "MRR": 0.570, "macro R@1": 0.637, "AUROC": 0.860}
+# Which share of the queries with a right answer a default threshold lets through.
+KEPT_SHARE = 0.86
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=Path, required=True, help="queries with their gold expert, JSON lines")
     parser.add_argument("--predictions", type=Path, help="write one ranking per query here, JSON lines")
     parser.add_argument("--strategy", default="hybrid", choices=sorted(catalogue()), help="default: hybrid")
+    parser.add_argument(
+        "--splits",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also halve the queries N times: thresholds from one half, quality and bands on the other; and how often "
+        "each two strategies agree",
+    )
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,15 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows.append(row("encode, batch of 32, per query", encode_ms, "ms of CPU"))
     rows.append(row("search and score, p50", statistics.median(search_ms), "ms of CPU"))
     rows.append(row("search and score, p99", float(np.percentile(search_ms, 99)), "ms of CPU"))
+    if arguments.splits:
+        rows += split_rows(
+            questions,
+            rankings,
+            catalogue()[arguments.strategy].SPEC,
+            expert_count=len(records),
+            count=arguments.splits,
+        )
+        rows += agreement_rows(state, questions, vectors)
     return rows
 
 
@@ -86,6 +108,8 @@ def card_of(record: Mapping[str, Any]) -> Card:
         name=record["name"],
         description=record.get("description", ""),
         examples=tuple(record.get("examples", ())),
+        tags=tuple(sorted({*record.get("categories", ()), *record.get("domains", ())})),
+        instruction=record.get("instruction", ""),
     )
 
 
@@ -138,6 +162,121 @@ def quality(
     if outside:
         out["AUROC"] = auroc(inside, outside)
     return out
+
+
+def split_rows(
+    questions: Sequence[Question],
+    rankings: Sequence[Sequence[Hit]],
+    spec: Spec,
+    *,
+    expert_count: int,
+    count: int,
+) -> list[dict[str, Any]]:
+    """For each split the thresholds that one half gives, and on the other half quality and the bands of `spec`."""
+    rows = []
+    firsts = Firsts.of(questions, rankings)
+    for number, chosen in enumerate(halves(questions, count=count), start=1):
+        unused = np.flatnonzero(~chosen)
+        met = quality([questions[place] for place in unused], [rankings[place] for place in unused], {})
+        figures = {
+            **{f"chosen {name}": value for name, value in thresholds(firsts.of_half(chosen)).items()},
+            **{name: met[name] for name in ("micro R@1", "micro R@5", "MRR", "macro R@1", "AUROC") if name in met},
+            **bands(firsts.of_half(~chosen), spec, expert_count=expert_count),
+        }
+        rows += [row(f"split {number}, {name}", value, "score or share") for name, value in figures.items()]
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Firsts:
+    """Of each query (n,) the best score, whether it has a right expert, and whether that came first."""
+
+    best: NDArray[np.float64]
+    inside: NDArray[np.bool_]
+    right: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question], rankings: Sequence[Sequence[Hit]]) -> Self:
+        pairs = list(zip(questions, rankings, strict=True))
+        return cls(
+            best=np.array([hits[0].score if hits else 0.0 for hits in rankings]),
+            inside=np.array([question.gold is not None for question in questions]),
+            right=np.array(
+                [question.gold is not None and rank_of({question.gold}, hits) == 1 for question, hits in pairs]
+            ),
+        )
+
+    def of_half(self, half: NDArray[np.bool_]) -> "Firsts":
+        return Firsts(best=self.best[half], inside=self.inside[half], right=self.right[half])
+
+
+def halves(questions: Sequence[Question], *, count: int) -> list[NDArray[np.bool_]]:
+    """Random halves (n,) of the queries, true for the half that is chosen on; every suite is halved alike."""
+    draw = np.random.default_rng(0)
+    suites = np.array([question.suite for question in questions])
+    made = []
+    for _ in range(count):
+        half = np.zeros(len(questions), dtype=bool)
+        for suite in sorted(set(suites)):
+            places = draw.permutation(np.flatnonzero(suites == suite))
+            half[places[: len(places) // 2]] = True
+        made.append(half)
+    return made
+
+
+def thresholds(firsts: Firsts) -> dict[str, float]:
+    """Thresholds in hundredths by these rules, of the best score of queries that have a right answer.
+
+    min_score: the highest that keeps 86 % of them; high: the lowest from which on nine of ten have the right expert
+    first; medium: the lowest from which on, up to high, three of five have it.
+    """
+    best, right = firsts.best[firsts.inside], firsts.right[firsts.inside]
+    grid = [step / 100 for step in range(1, 100)]
+
+    def lowest(share: float, *, below: float) -> float:
+        for value in grid:
+            among = (best >= value) & (best < below)
+            if among.any() and right[among].mean() >= share:
+                return value
+        return grid[-1]
+
+    high = lowest(0.9, below=math.inf)
+    kept = [value for value in grid if (best >= value).mean() >= KEPT_SHARE]
+    return {"min_score": max(kept, default=grid[0]), "medium": lowest(0.6, below=high), "high": high}
+
+
+def bands(firsts: Firsts, spec: Spec, *, expert_count: int) -> dict[str, float]:
+    """For each band of confidence R@1 of its queries, its share of the queries with an expert and of those without."""
+    level = np.array(
+        [
+            "none" if score < spec.threshold(expert_count) else spec.confidence(score, expert_count)
+            for score in firsts.best
+        ]
+    )
+    out: dict[str, float] = {}
+    for name in ("high", "medium", "low", "none"):
+        here = level == name
+        if (here & firsts.inside).any():
+            out[f"{name}: R@1"] = float(firsts.right[here & firsts.inside].mean())
+        out[f"{name}: of queries with an expert"] = float(here[firsts.inside].mean())
+        if not firsts.inside.all():
+            out[f"{name}: of queries without"] = float(here[~firsts.inside].mean())
+    return out
+
+
+def agreement_rows(state: State, questions: Sequence[Question], vectors: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """For each two strategies the share of queries for which both have the same expert first."""
+    first = {
+        name: [
+            [hit.expert for hit in state.rank(Query(text=question.text, vector=vector), strategy=name, limit=1).hits]
+            for question, vector in zip(questions, vectors, strict=True)
+        ]
+        for name in sorted(catalogue())
+    }
+    return [
+        row(f"same first, {one} and {other}", statistics.fmean(map(operator.eq, first[one], first[other])), "share")
+        for one, other in itertools.combinations(first, 2)
+    ]
 
 
 def rank_of(gold: set[str], hits: Sequence[Hit]) -> float:

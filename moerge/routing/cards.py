@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from moerge.errors import IndexInvalid
 
 MAX_EXAMPLES = 32
-_TOKEN = re.compile(r"[a-z0-9]+")
+# A word, or any other visible character but half of a surrogate pair, which no index can store.
+_TOKEN = re.compile(r"[a-z0-9]+|[^\sa-z0-9\x00-\x1f\x7f\ud800-\udfff]")
 _NAME_SEPARATORS = re.compile(r"[-_.]+")
 
 
@@ -36,8 +38,14 @@ class Card:
 
 
 def tokens(text: str) -> list[str]:
-    """The words that BM25 compares: runs of ASCII letters and digits, lower-cased."""
-    return _TOKEN.findall(text.lower())
+    """The terms that BM25 compares, lower-cased: words, marks, and each pair of neighbours among them.
+
+    Words are runs of ASCII letters and digits; every other visible character is a mark. Inputs of one task have marks
+    and turns of phrase in common more than words, and scripts that are written without spaces are compared by their
+    characters and pairs of characters.
+    """
+    single = _TOKEN.findall(text.lower())
+    return single + [f"{first} {second}" for first, second in pairwise(single)]
 
 
 def used_examples(card: Card) -> tuple[str, ...]:

@@ -150,7 +150,7 @@ class State:
                 Hit(
                     base_model=name,
                     score=float(scores[place]),
-                    confidence=chosen.SPEC.confidence(float(scores[place])),
+                    confidence=chosen.SPEC.confidence(float(scores[place]), len(part)),
                     **_told(part, found, int(place)),
                 )
                 for place in order

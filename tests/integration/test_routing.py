@@ -40,7 +40,7 @@ def test_an_answer_names_the_right_expert_first_with_all_its_parts(experts, enco
     assert "matched_example" not in first
     parts = first["parts"]
     dense = 0.6 * parts["s_ex"] + 0.2 * parts["s_desc"] + 0.2 * parts["s_cen"]
-    assert first["score"] == pytest.approx(0.6 * dense + 0.4 * parts["bm25"] / (parts["bm25"] + 20), abs=1e-5)
+    assert first["score"] == pytest.approx(0.5 * dense + 0.5 * parts["bm25"] / (parts["bm25"] + 60), abs=1e-5)
     query, example = encoder.encode(["reserve a plane ticket to Rome", "book a flight to Rome"])
     assert parts["s_ex"] == pytest.approx(float(query @ example), abs=1e-4)
     description = encoder.encode(["travel. Books trips."])[0]
@@ -76,7 +76,7 @@ def test_a_base_model_is_found_by_its_alias_and_never_mixed_with_another(experts
     assert names(routing.route(viewer=None, text=text, base_model="base/two", min_score=0)) == ["bob/travel-other"]
     assert len(names(routing.route(viewer=None, text=text, min_score=0))) == 5
     # The threshold among the one expert of this base, not among the three of the first.
-    assert routing.route(viewer=None, text=text, base_model="base/two")["min_score"] == 0.108
+    assert routing.route(viewer=None, text=text, base_model="base/two")["min_score"] == 0.118
 
 
 def test_an_unknown_base_model_is_refused(experts):
@@ -139,11 +139,11 @@ def test_an_answer_below_the_threshold_is_empty_and_says_so(experts):
     best = routing.route(**ask)["results"][0]["score"]
     above = routing.route(**ask, min_score=best + 0.01)
     assert (above["results"], above["abstained"], above["min_score"]) == ([], True, best + 0.01)
-    assert (above["best_score"], above["default_min_score"]) == (best, 0.131)
+    assert (above["best_score"], above["default_min_score"]) == (best, 0.132)
     at = routing.route(**ask, min_score=best)
     assert (len(at["results"]), at["abstained"]) == (3, False)
     off_topic = routing.route(**{**ask, "text": "zxqv wvut"})
-    assert (off_topic["results"], off_topic["abstained"], off_topic["min_score"]) == ([], True, 0.131)
+    assert (off_topic["results"], off_topic["abstained"], off_topic["min_score"]) == ([], True, 0.132)
 
 
 def test_top_k_limits_the_results(experts):

@@ -1,4 +1,4 @@
-"""Words alone: b / (b + 20). Needs no encoder, so it answers while the encoder loads."""
+"""Words alone: b / (b + 60). Needs no encoder, so it answers while the encoder loads."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,10 +10,10 @@ SPEC = Spec(
     summary="Shared words alone (BM25); needs no encoder.",
     needs_vector=False,
     # Low on purpose: while the encoder loads, an answer that says it is a guess helps more than none.
-    min_score=0.25,
-    relief=0.044,
-    medium=0.45,
-    high=0.80,
+    min_score=0.20,
+    relief=0.038,
+    medium=0.39,
+    high=0.71,
 )
 
 

@@ -11,8 +11,8 @@ SPEC = Spec(
     needs_vector=True,
     min_score=0.28,
     relief=0.029,
-    medium=0.45,
-    high=0.65,
+    medium=0.41,
+    high=0.69,
 )
 
 

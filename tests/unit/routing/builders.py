@@ -50,6 +50,20 @@ def entry(
     return cards.entry(card, np.array(vectors, dtype=np.float32))
 
 
+def terms(text: str) -> list[str]:
+    """Words, marks and pairs of neighbours, read letter by letter."""
+    single: list[str] = []
+    before = " "
+    for letter in text.lower():
+        is_word = letter in "abcdefghijklmnopqrstuvwxyz0123456789"
+        if is_word and before in "abcdefghijklmnopqrstuvwxyz0123456789":
+            single[-1] += letter
+        elif not letter.isspace():
+            single.append(letter)
+        before = letter
+    return single + [single[place] + " " + single[place + 1] for place in range(len(single) - 1)]
+
+
 def number_of(text: str) -> int:
     """The number of an expert in the hub: the same in every process, unlike hash(), and never 0."""
     return 1 + zlib.crc32(text.encode())

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from moerge.routing import cards
 from moerge.routing.bm25 import Collector, Corpus, Part
+from tests.unit.routing.builders import terms
 
 
 def part(documents, masked=None, order=None) -> Part:
@@ -26,12 +27,12 @@ def index(*documents: str) -> Corpus:
 
 def plain(documents: list[str], query: str) -> list[float]:
     """The formula of the module, document by document."""
-    words = [cards.tokens(document) for document in documents]
+    words = [terms(document) for document in documents]
     mean = sum(map(len, words)) / len(words)
     scores = []
     for own in words:
         total = 0.0
-        for term in set(cards.tokens(query)):
+        for term in set(terms(query)):
             containing = sum(term in other for other in words)
             idf = math.log(1 + (len(words) - containing + 0.5) / (containing + 0.5))
             count = own.count(term)
@@ -41,17 +42,36 @@ def plain(documents: list[str], query: str) -> list[float]:
 
 
 def test_scores_equal_those_worked_out_by_hand():
-    # Three documents of 2, 4 and 6 words, mean 4. "flight" is in two of them: idf = ln(1 + 1.5 / 2.5) = 0.4700036.
-    # Slot 0: once in 2 words: 1 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 2 / 4)) = 2.2 / 1.75 = 1.2571429.
-    # Slot 2: twice in 6 words: 2 * 2.2 / (2 + 1.2 * (0.25 + 0.75 * 6 / 4)) = 4.4 / 3.65 = 1.2054795.
+    # Three documents of 2, 4 and 6 words and 1, 3 and 5 pairs: 3, 7 and 11 terms, mean 7. "flight" is in two of them:
+    # idf = ln(1 + 1.5 / 2.5) = 0.4700036.
+    # Slot 0: once in 3 terms: 1 * 2.2 / (1 + 1.2 * (0.25 + 0.75 * 3 / 7)) = 2.2 / 1.6857143 = 1.3050847.
+    # Slot 2: twice in 11 terms: 2 * 2.2 / (2 + 1.2 * (0.25 + 0.75 * 11 / 7)) = 4.4 / 3.7142857 = 1.1846154.
     made = index("book flight", "one two three four", "flight flight a b c d")
-    assert made.scores("flight") == pytest.approx([0.4700036 * 1.2571429, 0.0, 0.4700036 * 1.2054795], abs=1e-6)
+    assert made.scores("flight") == pytest.approx([0.4700036 * 1.3050847, 0.0, 0.4700036 * 1.1846154], abs=1e-6)
 
 
 def test_a_word_of_the_query_counts_once_however_often_it_is_said():
     made = index("book flight", "flight flight hotel", "salt")
-    assert made.scores("flight flight FLIGHT!") == pytest.approx(made.scores("flight"))
-    assert made.scores("flight")[0] > 0
+    assert made.scores("hotel salt hotel SALT") == pytest.approx(made.scores("hotel salt"))
+    assert made.scores("hotel salt")[1] > 0
+
+
+def test_neighbours_in_the_same_order_count_more_than_the_same_words_apart():
+    made = index("book a flight", "flight a book", "flight and a book")
+    first, second, third = made.scores("book a flight")
+    assert first > second > third > 0
+
+
+def test_marks_count_as_words_do():
+    made = index("are you sure ? yes", "you are sure . yes", "hotel salt")
+    assert made.scores("?").tolist()[1:] == [0, 0]
+    assert made.scores("?")[0] > 0
+
+
+def test_a_script_without_spaces_is_compared_by_characters_and_pairs():
+    made = index("把句子翻译成英文", "写一首诗", "hotel")
+    first, second, third = made.scores("请翻译这个句子")
+    assert first > second == third == 0
 
 
 def test_a_word_on_every_card_never_counts_against_a_card():
