@@ -209,8 +209,9 @@ class RoutedModel:
         """
         told = {}
         for module, router in self._routers.items():
-            total = max(float(router.used.sum()), 1e-300)
-            told[module] = dict(zip(self.experts, (router.used / total).tolist(), strict=True))
+            shares = router.used / router.used.sum().clamp(min=torch.finfo(torch.float64).tiny)
+            given = dict(zip(router.experts, shares.tolist(), strict=True))
+            told[module] = {name: given.get(number, 0.0) for number, name in enumerate(self.experts)}
         return told
 
     def reset_usage(self) -> None:

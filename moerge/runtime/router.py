@@ -32,7 +32,8 @@ class Plan:
 class Router:
     """The experts of one module: their numbers in the model, their names in PEFT and their vectors (m, d_in).
 
-    `used` is the sum of the weights that each expert of the model was given, over all tokens that are no padding.
+    `total` is how many experts the model has; `used` (m,) is the sum of the weights that each expert of the module was
+    given, over all tokens that are no padding.
     """
 
     module: str
@@ -48,7 +49,7 @@ class Router:
 
     def __post_init__(self) -> None:
         self._numbers = torch.tensor(self.experts, dtype=torch.long)
-        self.used = torch.zeros(self.total, dtype=torch.float64)
+        self.used = torch.zeros(len(self.experts), dtype=torch.float64)
         if self.vectors is not None:
             self.vectors = self.plan.strategy.prepare(self.vectors)
 
@@ -132,14 +133,13 @@ class Router:
         return given.to(self._numbers.device).repeat_interleave(count // len(given), dim=0)
 
     def _count(self, choice: Choice, counted: Tensor | None, shape: tuple[int, ...]) -> None:
-        weights = mixing.spread(choice.experts, choice.weights.double(), len(self.experts))
+        weights = choice.weights.double()
         if self.plan.watched is not None:
-            whole = weights.new_zeros(len(weights), self.total)
-            whole[:, self._numbers] = weights
+            whole = mixing.spread(self._numbers[choice.experts], weights, self.total)
             self.plan.watched.setdefault(self.module, []).append(whole.reshape(*shape, self.total))
         if counted is not None:
             weights = weights * counted[:, None].to(weights.device)
-        self.used.index_add_(0, self._numbers, weights.sum(dim=0))
+        self.used.index_add_(0, choice.experts.flatten(), weights.flatten())
 
 
 def _means(tokens: Tensor, counted: Tensor | None, count: int, length: int) -> Tensor:

@@ -55,7 +55,7 @@ def _expert(folder, settings, number):
 @pytest.fixture(params=["dense", "by expert"])
 def way(request, monkeypatch) -> None:
     """Both ways to add what the chosen experts add."""
-    monkeypatch.setattr(mixing, "_TURN_COST", 0 if request.param == "by expert" else 1e18)
+    monkeypatch.setattr(mixing, "_TURN_COST", -1e18 if request.param == "by expert" else 1e18)
 
 
 def experts_of(folders):
