@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from django.conf import settings
 
 from moerge.errors import QueryInvalid
-from registry.errors import IndexNotReady
+from registry.errors import IndexNotReady, RouterBusy
 from registry.services.router import Router
 from registry.services.router_link import SECRET_HEADER
 
@@ -71,8 +71,9 @@ class Application:
                 "wanted": error.wanted,
                 "remedy": error.remedy,
             }
-        except IndexNotReady as error:
+        except (IndexNotReady, RouterBusy) as error:
             return HTTPStatus.SERVICE_UNAVAILABLE, {
+                "code": error.code,
                 "detail": error.detail,
                 "retry_after_seconds": error.retry_after_seconds or 1,
             }

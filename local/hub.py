@@ -193,7 +193,8 @@ def served_parts(environment: Mapping[str, str], doors: Doors, options: Options)
     # page still answered in 5 ms beside 24 slow uploads, where four threads left it waiting.
     yield Part("web", served("config.wsgi:application", doors.web, 2, 16))
     for number in range(1, options.routers + 1):
-        router = served("config.router:application", doors.router, 1, 8)
+        # As many threads as web and workers may ask at once, so that who is one too many hears of it and does not wait.
+        router = served("config.router:application", doors.router, 1, 40)
         # It keeps nothing, and taking its libraries apart at the end takes many times as long as a last answer.
         yield Part(_numbered("router", number), router, stop_seconds=3)
 

@@ -11,7 +11,8 @@ HubError
  ├─ MergeSelfCheckFailed  a result does not load as what was computed; nothing was published
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
- └─ Unavailable     StorageUnavailable IndexNotReady FormPending MergePending (jobs retry these, and only these)
+ └─ Unavailable     StorageUnavailable IndexNotReady RouterBusy FormPending MergePending
+                    (jobs retry these, and only these)
 
 The class name in kebab-case is the code; `docs/errors.md` has a heading for each.
 """
@@ -270,6 +271,10 @@ class StorageUnavailable(Unavailable):
 
 class IndexNotReady(Unavailable):
     title = "The routing index is not ready"
+
+
+class RouterBusy(Unavailable):
+    title = "The router has too much to encode"
 
 
 class FormPending(Unavailable):

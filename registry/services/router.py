@@ -1,6 +1,6 @@
 """What the router process holds and does: encoders, the index of each, and the thread that follows the change log.
 
-Only that process imports this file. The encoder takes 10 s and more to import, so it loads in a thread of its own;
+Only that process imports this file. The encoder takes seconds to import, so it loads in a thread of its own;
 until then BM25 answers alone, and every answer says so.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ from registry import models
 from registry.errors import IndexNotReady
 from registry.models import RoutingClock
 from registry.services import encoders
+from registry.services.encoding_queue import EncodingQueue
 from registry.services.following import Follower
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 2.0
+# Workers wait longer than web, because queries go first.
+_CARD_SECONDS = 60.0
 
 
 def load_encoder(row: models.Encoder) -> "Encoder":
@@ -42,7 +46,7 @@ def load_encoder(row: models.Encoder) -> "Encoder":
     from moerge.embedding import encoder  # noqa: PLC0415  # Measured: 10 to 25 s, so only here and in a thread.
 
     if row.folder:
-        return encoder.load(folder=Path(row.folder), encoder_id=row.pk, max_tokens=row.max_tokens)
+        return encoder.load(folder=Path(row.folder), encoder_id=row.pk, prefix=row.prefix, max_tokens=row.max_tokens)
     if row.pk != embedding.ENCODER_ID:
         raise EncoderInvalid(
             "the packaged encoder is not the one that the vectors are from",
@@ -103,6 +107,7 @@ class Router:
         self._lines: dict[str, Line] = {}
         self._active = ""
         self._serving: Serving | None = None
+        self._queue = EncodingQueue(max_waiting_texts=settings.HUB_ROUTER_MAX_WAITING_TEXTS)
         self._changed = threading.Condition()
         self._wake = threading.Event()
         self._stopped = threading.Event()
@@ -123,6 +128,7 @@ class Router:
         self._stopped.set()
         self._wake.set()
         self._follower.join()
+        self._queue.close()
 
     def health(self) -> dict[str, Any]:
         """State of the encoder (ready, loading, failed) and of the index (ready, loading), and their figures."""
@@ -143,14 +149,14 @@ class Router:
     def encode(self, texts: Sequence[str], *, encoder_id: str) -> NDArray[np.float32]:
         """Unit vectors (n, d) of texts of cards by an encoder that is in use.
 
-        Raises IndexNotReady while it loads, QueryInvalid for an empty text.
+        Raises IndexNotReady while it loads, RouterBusy when too much waits, QueryInvalid for an empty text.
         """
         line = self._lines.get(encoder_id)
         if line is None or line.encoder is None:
             self._wake.set()
             trouble = f" {line.trouble}" if line and line.trouble else ""
             raise IndexNotReady(f"The encoder {encoder_id} is not loaded yet.{trouble}", retry_after_seconds=2)
-        return line.encoder.encode(texts)
+        return self._queue.encode(line.encoder, texts, query=False, seconds=_CARD_SECONDS)
 
     def route(
         self,
@@ -165,14 +171,17 @@ class Router:
     ) -> dict[str, Any]:
         """Rank experts for each text, whoever may see them: the caller checks that.
 
-        Raises IndexNotReady when the index does not reach `min_seq` within 2 s, QueryInvalid for a bad strategy.
+        Raises IndexNotReady when the index does not reach `min_seq` within 2 s, RouterBusy when too many texts wait to
+        be encoded, QueryInvalid for a bad strategy.
         """
         serving = self._reached(min_seq)
         state = serving.state
         wanted = strategy or DEFAULT_STRATEGY
         vectors: Iterable[NDArray[np.float32] | None] = [None] * len(texts)
         if serving.encoder is not None and wanted != "bm25":
-            vectors = serving.encoder.encode([serving.line.row.prefix + text for text in texts])
+            # What is left of web's patience is for the ranking and the way back.
+            seconds = 0.8 * settings.HUB_ROUTER_TIMEOUT_SECONDS
+            vectors = self._queue.encode(serving.encoder, texts, query=True, seconds=seconds)
         answers = []
         for text, vector in zip(texts, vectors, strict=True):
             ranking = state.rank(

@@ -11,7 +11,7 @@ import numpy as np
 from django.conf import settings
 from numpy.typing import NDArray
 
-from registry.errors import Fault, IndexNotReady, QueryInvalid
+from registry.errors import Fault, IndexNotReady, QueryInvalid, RouterBusy, Unavailable
 
 SECRET_HEADER = "X-Router-Secret"  # noqa: S105  # The header's name.
 RETRY_SECONDS = 2
@@ -60,8 +60,10 @@ def _ask(method: str, path: str, *, body: dict[str, Any] | None, seconds: float)
         refusal = response.json()
         fault = Fault(refusal["pointer"], refusal["met"], refusal["wanted"], refusal["remedy"])
         raise QueryInvalid(refusal["detail"], faults=[fault])
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        raise _unavailable(response.json())
     if not response.is_success:
-        raise IndexNotReady(_reason(response), retry_after_seconds=RETRY_SECONDS)
+        raise IndexNotReady(f"The router answered {response.status_code}.", retry_after_seconds=RETRY_SECONDS)
     answer: dict[str, Any] = response.json()
     return answer
 
@@ -79,7 +81,6 @@ def _send(method: str, path: str, *, body: dict[str, Any] | None, seconds: float
         return _client().request(method, url, content=content, headers=headers, timeout=timeout)
 
 
-def _reason(response: httpx.Response) -> str:
-    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
-        return str(response.json()["detail"])
-    return f"The router answered {response.status_code}."
+def _unavailable(refusal: dict[str, Any]) -> Unavailable:
+    kind = RouterBusy if refusal["code"] == "router-busy" else IndexNotReady
+    return kind(refusal["detail"], retry_after_seconds=refusal["retry_after_seconds"])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moerge.routing import cards
 from registry import jobs, selectors
-from registry.errors import Fault, IndexNotReady, QueryInvalid, TooLarge
+from registry.errors import Fault, IndexNotReady, QueryInvalid, TooLarge, Unavailable
 from registry.models import BaseModel, Embedding, Encoder, Expert, Revision, RoutingChange, RoutingClock
 from registry.selectors import Viewer
 from registry.services import bases, encoders, router_link
@@ -104,7 +104,7 @@ def embed(revision: Revision) -> dict[str, Any]:
     if preparing is not None:
         try:
             embed_by(preparing, revision, card)
-        except IndexNotReady as error:
+        except Unavailable as error:
             # Nobody need wait for an encoder that does not answer queries yet: its change embeds what is missing.
             log.warning("A card was not embedded by the next encoder.", extra={"error.detail": error.detail})
     return made

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from registry.errors import IndexNotReady
+from registry.errors import Unavailable
 from registry.services import encoder_change, encoders
 from workers.runner import Work
 
@@ -22,7 +22,7 @@ def run(work: Work) -> dict[str, Any]:
             for done, total in encoder_change.embed_missing(encoder):
                 last_at = time.monotonic()
                 work.progress(done / total, f"{done} of {total} cards")
-        except IndexNotReady:
+        except Unavailable:
             if time.monotonic() - last_at > PATIENCE_SECONDS:
                 raise
             work.stopped.wait(RETRY_SECONDS)
