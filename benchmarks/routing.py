@@ -61,12 +61,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     # The import takes 10 s, which `bin/bench --list` should not cost.
     from moerge.embedding import encoder as encoder_module  # noqa: PLC0415
 
-    records = _lines(arguments.experts, needed=("id", "name"))
-    records += _lines(arguments.distractors, needed=("id", "name")) if arguments.distractors else []
+    records = lines(arguments.experts, needed=("id", "name"))
+    records += lines(arguments.distractors, needed=("id", "name")) if arguments.distractors else []
     near = {record["id"]: set(record.get("near", [])) for record in records}
     questions = [
         Question(id=record.get("id", row), text=record["q"], gold=record.get("gold"), suite=record.get("suite", "all"))
-        for row, record in enumerate(_lines(arguments.queries, needed=("q",)))
+        for row, record in enumerate(lines(arguments.queries, needed=("q",)))
     ]
     if not any(question.gold for question in questions):
         raise ValueError(f"{arguments.queries}: no query has a gold expert")
@@ -322,7 +322,7 @@ def row(name: str, value: float, unit: str, *, target: float | None = None) -> d
     }
 
 
-def _lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
+def lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines. Raises ValueError where one is none, or lacks a field."""
     records = []
     with path.open(encoding="utf-8") as file:

@@ -7,7 +7,6 @@ The idf is never negative, so a word on every card adds little but never counts 
 are counted over all documents in use, wherever they are stored, so where they are stored changes no score.
 """
 
-import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,11 +88,10 @@ class Corpus:
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = tuple(parts)
         lengths = np.concatenate([np.zeros(0), *(part.words.lengths for part in parts)])
-        unmasked = [
-            np.zeros(len(part.words.lengths), np.bool_) if part.masked is None else part.masked for part in parts
-        ]
-        self._masked = np.concatenate([np.zeros(0, np.bool_), *unmasked])
-        self.document_count = int((~self._masked).sum())
+        masked = [np.zeros(len(part.words.lengths), bool) if part.masked is None else part.masked for part in parts]
+        self._masked = np.concatenate([np.zeros(0, dtype=np.bool_), *masked])
+        self._any_masked = bool(self._masked.any())
+        self.document_count = int(np.count_nonzero(~self._masked))
         # Documents without a single word would make the mean 0; nothing matches them anyway.
         mean = lengths[~self._masked].sum() / max(1, self.document_count) or 1.0
         self._norms = K1 * (1 - B + B * lengths / mean)
@@ -103,31 +101,28 @@ class Corpus:
 
         A word that the query repeats counts once.
         """
-        slots, frequencies, weights = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0)]
-        for term in dict.fromkeys(cards.tokens(text)):
-            found = self._postings(term)
-            containing_count = sum(len(own) - int(np.count_nonzero(self._masked[own])) for own, _ in found)
-            for own, counts in found:
-                slots.append(own)
-                frequencies.append(counts)
-                weights.append(np.full(len(own), self.idf(containing_count)))
-        where = np.concatenate(slots)
-        often = np.concatenate(frequencies)
-        gains = np.concatenate(weights) * (often * (K1 + 1) / (often + self._norms[where]))
-        scores = np.bincount(where, weights=gains, minlength=len(self._norms)).astype(np.float64)
+        words = tuple(dict.fromkeys(cards.tokens(text)))
+        terms, documents, frequencies = self._postings(words)
+        counted = terms[~self._masked[documents]] if self._any_masked else terms
+        weights = self.idf(np.bincount(counted, minlength=len(words)))
+        gains = weights[terms] * (frequencies * (K1 + 1) / (frequencies + self._norms[documents]))
+        scores = np.bincount(documents, weights=gains, minlength=len(self._norms)).astype(np.float64)
         scores[self._masked] = 0.0
         return scores
 
-    def idf(self, containing_count: int) -> float:
-        """Weight of a term that `containing_count` documents contain."""
-        return math.log1p((self.document_count - containing_count + 0.5) / (containing_count + 0.5))
+    def idf(self, containing: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Weight of terms that so many documents contain: (terms,) -> (terms,)."""
+        return np.log1p((self.document_count - containing + 0.5) / (containing + 0.5))
 
-    def _postings(self, term: str) -> list[tuple[NDArray[np.int64], NDArray[np.int32]]]:
-        """Documents with the term, numbered through, and how often they have it, one pair of arrays a part."""
-        found, offset = [], 0
+    def _postings(self, words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+        """All postings of some words: place of the word, number of the document, how often it has the word."""
+        terms, documents, frequencies, offset = [], [], [np.zeros(0, dtype=np.int32)], 0
         for part in self._parts:
-            place = part.words.postings(term)
-            own = part.words.slots[place].astype(np.int64)
-            found.append((own + offset if offset else own, part.words.frequencies[place]))
+            found = [part.words.postings(word) for word in words]
+            frequencies += [part.words.frequencies[place] for place in found]
+            own = np.concatenate([np.zeros(0, dtype=np.int64), *(part.words.slots[place] for place in found)])
+            documents.append(own + offset)
+            terms.append(np.repeat(np.arange(len(words)), [place.stop - place.start for place in found]))
             offset += len(part.words.lengths)
-        return found
+        nothing = np.zeros(0, dtype=np.int64)
+        return np.concatenate([nothing, *terms]), np.concatenate([nothing, *documents]), np.concatenate(frequencies)

@@ -6,7 +6,8 @@ Which kind of index is used is decided here by size, and a caller need only know
 - graph: HNSW (Malkov and Yashunin, arXiv:1603.09320), 32 links a node.
 - lists: an inverted file of about 2 sqrt(n) lists with 8 bits a value (Sivic and Zisserman, ICCV 2003).
 
-The last two name rows that are likely near; their scores are then taken from the rows themselves.
+The last two name rows that are likely near. Flat and graph compare the float16 rows themselves; the scores of lists
+are taken from the rows afterwards.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class VectorIndex:
     def __init__(self, rows: NDArray[np.float16], found_by: Any) -> None:
         self.rows = rows
         self.exact = isinstance(found_by, faiss.IndexScalarQuantizer)
+        self._coarse = isinstance(found_by, faiss.IndexIVF)
         if isinstance(found_by, faiss.IndexHNSW):
             found_by.hnsw.efSearch = _EF_SEARCH
         elif isinstance(found_by, faiss.IndexIVF):
@@ -61,7 +63,7 @@ class VectorIndex:
         faiss.omp_set_num_threads(1)
         try:
             if count <= flat_limit:
-                made = _index(dimension, "SQfp16")
+                made = _flat(dimension)
             elif count <= graph_limit:
                 made = _index(dimension, f"HNSW{_LINKS},SQfp16")
                 made.hnsw.efConstruction = _EF_CONSTRUCTION
@@ -94,9 +96,9 @@ class VectorIndex:
             return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
         asked = np.ascontiguousarray(vector[None, :], dtype=np.float32)
         scores, rows = (found[0] for found in self._faiss.search(asked, count))
-        if self.exact:
+        scores, rows = scores[rows >= 0], rows[rows >= 0]
+        if not self._coarse:
             return scores, rows
-        rows = rows[rows >= 0]
         scores = self.scores(vector, rows)
         order = np.argsort(-scores, kind="stable")
         return scores[order], rows[order]
@@ -108,7 +110,7 @@ class VectorIndex:
         # numpy takes 3 ns to widen one float16; faiss multiplies them as they are, four times as fast.
         for start in range(0, len(rows), _SCORE_BLOCK):
             some = rows[start : start + _SCORE_BLOCK]
-            scan = _index(self.dimension, "SQfp16")
+            scan = _flat(self.dimension)
             scan.add_sa_codes(np.ascontiguousarray(self.rows[some]).view(np.uint8))
             found, places = scan.search(asked, len(some))
             scores[start + places[0]] = found[0]
@@ -148,6 +150,10 @@ class VectorIndex:
                 wanted=f"({self.dimension},)",
                 remedy="encode with the encoder the index was built with",
             )
+
+
+def _flat(dimension: int) -> Any:
+    return faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
 
 
 def _index(dimension: int, factory: str) -> Any:

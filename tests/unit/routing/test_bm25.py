@@ -77,7 +77,7 @@ def test_a_script_without_spaces_is_compared_by_characters_and_pairs():
 def test_a_word_on_every_card_never_counts_against_a_card():
     made = index("the a", "the b", "the c")
     assert (made.scores("the") > 0).all()
-    assert made.idf(3) == pytest.approx(math.log(1 + 0.5 / 3.5))
+    assert made.idf(np.array([3])) == pytest.approx(math.log(1 + 0.5 / 3.5))
 
 
 def test_a_query_without_known_words_scores_nothing():
