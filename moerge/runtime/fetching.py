@@ -1,6 +1,6 @@
 """Experts of a hub with their routing pack, and the hub's scores of them for a text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def scores(
     hub: Hub, texts: Sequence[str], experts: Sequence[str], base_model: str, *, strategy: str
 ) -> list[dict[str, float]]:
     """What the hub makes of each text for these experts: {expert: score}, without those that it does not name."""
-    by_name = {name.partition("@")[0]: name for name in experts}
+    by_name = {name.partition("@")[0].casefold(): name for name in experts}
     asked: dict[str, Any] = {
         "base_model": base_model, "top_k": min(len(experts), _RESULTS), "min_score": 0,
         "filters": {"experts": sorted(by_name)},
@@ -100,8 +100,15 @@ def scores(
             raise _odd("answers", answers, f"{len(part)} answers")
         for one in answers:
             rows = [records.mapping(row, "a result") for row in records.mapping(one, "an answer").get("results", [])]
-            found.append({by_name[row["expert"]]: float(row["score"]) for row in rows if row.get("expert") in by_name})
+            found.append(dict(_score(row, by_name) for row in rows))
     return found
+
+
+def _score(row: Mapping[str, Any], by_name: Mapping[str, str]) -> tuple[str, float]:
+    name, score = by_name.get(str(row.get("expert")).casefold()), row.get("score")
+    if name is None or type(score) not in (int, float):
+        raise _odd("result", row, f"a score of one of {', '.join(by_name)}")
+    return name, float(score)
 
 
 def _one_base(bases: dict[str, str]) -> str:
@@ -128,7 +135,8 @@ def _known_as(hub: Hub, base: str) -> str:
 def _check_pack(pack: Pack, wanted: Sequence[str], kind: str) -> None:
     """The pack is of the revisions asked for, in their order."""
     met = [f"{one.expert}@{one.revision}" for one in pack.members]
-    if met != list(wanted) or kind not in pack.kinds:
+    # Names of experts are the same in capitals and small letters.
+    if [one.casefold() for one in met] != [one.casefold() for one in wanted] or kind not in pack.kinds:
         raise _odd("pack", f"{met}, {list(pack.kinds)}", f"{list(wanted)} with {kind}")
 
 
