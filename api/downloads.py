@@ -28,16 +28,16 @@ def respond(
     every = {
         "ETag": f'"{etag}"',
         "Accept-Ranges": "bytes",
-        "Cache-Control": _caching(is_private=is_private, is_fixed=is_fixed),
+        "Cache-Control": caching(is_private=is_private, is_fixed=is_fixed),
         "X-Repo-Commit": commit,
         "Content-Disposition": content_disposition_header(as_attachment=True, filename=filename) or "",
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "default-src 'none'; sandbox",
         **(headers or {}),
     }
-    if (present := request.headers.get("If-Match")) is not None and not _names(present, etag, is_weak_enough=False):
+    if (present := request.headers.get("If-Match")) is not None and not names(present, etag, is_weak_enough=False):
         return HttpResponse(status=412, headers=every)
-    if (known := request.headers.get("If-None-Match")) is not None and _names(known, etag, is_weak_enough=True):
+    if (known := request.headers.get("If-None-Match")) is not None and names(known, etag, is_weak_enough=True):
         return HttpResponse(status=304, headers=every)
     media_type = downloads.media_type(filename)
     if request.method == "HEAD":
@@ -49,7 +49,7 @@ def respond(
     return response
 
 
-def _caching(*, is_private: bool, is_fixed: bool) -> str:
+def caching(*, is_private: bool, is_fixed: bool) -> str:
     """Others may keep public bytes; private ones are kept by nobody."""
     if is_private:
         return "private, no-store"
@@ -84,7 +84,7 @@ class FileToEnd(FileResponse):
     block_size = downloads.BLOCK_BYTES
 
 
-def _names(header: str, etag: str, *, is_weak_enough: bool) -> bool:
+def names(header: str, etag: str, *, is_weak_enough: bool) -> bool:
     """Whether a list of entity tags names this one."""
     if header.strip() == "*":
         return True

@@ -24,6 +24,7 @@ from registry.errors import (
     MergePending,
     NotAllowed,
     NotFound,
+    PackPending,
     RangeUnsatisfiable,
     RateExceeded,
     RequestInvalid,
@@ -46,7 +47,7 @@ def record(error: HubError) -> dict[str, Any]:
         **error.as_dict(),
         "request_id": telemetry.request_id.get(),
     }
-    if isinstance(error, FormPending | FormFailed | MergePending | MergeFailed):
+    if isinstance(error, FormPending | FormFailed | MergePending | MergeFailed | PackPending):
         body |= {"job": error.job_id, "job_url": f"/api/v1/jobs/{error.job_id}"}
     return body
 
@@ -74,7 +75,7 @@ def answer(error: HubError) -> JsonResponse:
 
 def quiet(response: Answer, error: HubError) -> Answer:
     """The answer, without a line in the log for each time somebody looks whether a form or a merge is there."""
-    if isinstance(error, FormPending | MergePending):
+    if isinstance(error, FormPending | MergePending | PackPending):
         response._has_been_logged = True  # type: ignore[attr-defined]  # noqa: SLF001 - Django logs every other 503
     return response
 

@@ -30,6 +30,7 @@ urlpatterns = [
     path("<str:owner>/<str:name>", catalogue.expert, name="expert"),
     path("<str:owner>/<str:name>/status", catalogue.status, name="expert-status"),
     path("<str:owner>/<str:name>/compressed", compression.forms, name="expert-compressed"),
+    path("<str:owner>/<str:name>/neighbours", catalogue.alike, name="expert-neighbours"),
     path("<str:owner>/<str:name>/change", catalogue.change, name="expert-change"),
     path("<str:owner>/<str:name>/tree/<str:revision>", catalogue.expert, name="expert-tree"),
 ]

@@ -8,10 +8,11 @@ HubError
  ├─ TooLarge        a body, file or upload above its limit
  ├─ Conflict        NameTaken ExpertsIncompatible LicenceBlocked LicenceUnacknowledged NothingToMerge NotReady
  │                  FormFailed MergeFailed MergeNotReproduced TimeExceeded MemoryExceeded OffsetMismatch
+ ├─ PackRefused     experts that cannot be in one routing pack: other bases, or nothing to route by
  ├─ MergeSelfCheckFailed  a result does not load as what was computed; nothing was published
  ├─ RangeUnsatisfiable  bytes past the end of a file were asked for
  ├─ ParentStale     the branch moved since the caller last looked
- └─ Unavailable     StorageUnavailable IndexNotReady RouterBusy FormPending MergePending
+ └─ Unavailable     StorageUnavailable IndexNotReady RouterBusy FormPending MergePending PackPending
                     (jobs retry these, and only these)
 
 The class name in kebab-case is the code; `docs/errors.md` has a heading for each.
@@ -168,6 +169,11 @@ class RequestMalformed(HubError):
     title = "The request cannot be parsed"
 
 
+class PackRefused(HubError):
+    status = 400
+    title = "These experts cannot be in one routing pack"
+
+
 class TooLarge(HubError):
     status = 413
     title = "Too large"
@@ -287,6 +293,14 @@ class FormPending(Unavailable):
 
 class MergePending(Unavailable):
     title = "The merge is being computed"
+
+    def __init__(self, detail: str, *, job_id: str) -> None:
+        super().__init__(detail, retry_after_seconds=2)
+        self.job_id = job_id
+
+
+class PackPending(Unavailable):
+    title = "The prototypes of an expert are being computed"
 
     def __init__(self, detail: str, *, job_id: str) -> None:
         super().__init__(detail, retry_after_seconds=2)

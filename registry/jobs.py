@@ -39,9 +39,14 @@ class JobKind(StrEnum):
     RECONSTRUCT = "reconstruct"
     REEMBED = "reembed"
     SNAPSHOT = "snapshot"
+    PROTOTYPES = "prototypes"
+    NEIGHBOURS = "neighbours"
 
 
-HEAVY = frozenset({JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT, JobKind.SNAPSHOT})
+HEAVY = frozenset({
+    JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT, JobKind.SNAPSHOT, JobKind.PROTOTYPES,
+    JobKind.NEIGHBOURS,
+})  # fmt: skip
 # Job.priority; the queues give the smallest number first.
 WAITED_FOR, ASKED_FOR, NOBODY_WAITS = 0, 3, 6
 # A worker that no longer hears its own clock is ended by Celery, long after its job was closed.
@@ -107,6 +112,16 @@ def enqueue_pipeline(
         after = jobs[-1] if jobs else None
         jobs.append(enqueue(kind, revision=revision, after=after, parameters=parameters, user=user))
     return jobs
+
+
+def enqueue_fingerprint(revision: Revision) -> Job:
+    """Prototypes and a fingerprint of a revision's weights, then its neighbours, beside the pipeline, which never waits
+    for them. Gives the first of the two jobs; call it in a transaction.
+    """
+    first = enqueue(JobKind.PROTOTYPES, revision=revision)
+    if revision.derived_from_id is None:
+        enqueue(JobKind.NEIGHBOURS, revision=revision, after=first)
+    return first
 
 
 def of_pipeline(revision_id: int) -> QuerySet[Job]:

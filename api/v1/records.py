@@ -6,10 +6,11 @@ from typing import Any
 from django.http import HttpRequest
 from rest_framework.request import Request
 
+from api.authentication import viewer_of
 from registry import jobs, selectors
 from registry.models import ApiKey, BaseModel, Encoded, Expert, File, Job, Merge, Revision, RoutingEvaluation
 from registry.selectors import Viewer
-from registry.services import evaluations
+from registry.services import evaluations, neighbours
 
 AnyRequest = HttpRequest | Request
 
@@ -36,7 +37,7 @@ def expert_row(expert: Expert) -> dict[str, Any]:
     }
 
 
-def expert(expert: Expert, revision: Revision | None, request: AnyRequest) -> dict[str, Any]:
+def expert(expert: Expert, revision: Revision | None, request: Request) -> dict[str, Any]:
     """An expert as its own page tells it, at one revision (None before the first commit)."""
     encoded = selectors.encoded(revision) if revision else None
     return {
@@ -49,6 +50,8 @@ def expert(expert: Expert, revision: Revision | None, request: AnyRequest) -> di
         "jobs": [job(row) for row in jobs.of_pipeline(revision.pk)] if revision else [],
         "compressed": compressed(encoded, expert.full_name, request) if encoded else None,
         "compressed_forms": forms(revision, expert.full_name, request) if revision else [],
+        "has_gates": revision is not None and "gates" in revision.facts,
+        "same_weights": neighbours.same(revision, viewer_of(request)) if revision else [],
         # Every module by name fills pages for a large adapter; merges/check tells what matters of it.
         "facts": {name: value for name, value in revision.facts.items() if name != "layout"} if revision else {},
         "evaluations": [

@@ -166,6 +166,10 @@ class ExpertRecord(ExpertRow):
     jobs = JobRecord(many=True)
     compressed = CompressedRecord(allow_null=True)
     compressed_forms = FormRecord(many=True)
+    has_gates = s.BooleanField(help_text="Whether it comes with token-level gates (PHATGOOSE, GLIDER).")
+    same_weights = s.ListField(
+        child=s.CharField(), help_text="Experts that you may see whose weights do the same, however they are factored."
+    )
     facts = s.JSONField()
     evaluations = EvaluationRecord(many=True)
 

@@ -4,7 +4,19 @@ from django.urls import path
 from drf_spectacular.renderers import OpenApiJsonRenderer
 from drf_spectacular.views import SpectacularAPIView
 
-from api.v1 import catalogue, evaluations, experts, jobs, keys, lineage, merges, routing, uploads
+from api.v1 import (
+    catalogue,
+    evaluations,
+    experts,
+    jobs,
+    keys,
+    lineage,
+    merges,
+    neighbours,
+    packs,
+    routing,
+    uploads,
+)
 
 urlpatterns = [
     path("openapi.json", SpectacularAPIView.as_view(renderer_classes=[OpenApiJsonRenderer], urlconf="api.urls")),
@@ -18,8 +30,10 @@ urlpatterns = [
     path("experts/<str:owner>/<str:name>/revisions/<str:revision>", experts.OneRevision.as_view()),
     path("experts/<str:owner>/<str:name>/compressed", experts.Compressed.as_view()),
     path("experts/<str:owner>/<str:name>/lineage", lineage.ExpertLineage.as_view()),
+    path("experts/<str:owner>/<str:name>/neighbours", neighbours.Neighbours.as_view()),
     path("route", routing.Route.as_view()),
     path("route/merge", routing.RouteMerge.as_view()),
+    path("routing/packs", packs.Packs.as_view()),
     path("routing/evaluations", evaluations.Evaluations.as_view()),
     path("routing/export", evaluations.Export.as_view()),
     path("merges", merges.Merges.as_view()),

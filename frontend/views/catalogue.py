@@ -16,7 +16,7 @@ from frontend.views.common import page
 from registry import jobs, selectors
 from registry.errors import ExpertNotFound, FileNotFound, NotAllowed
 from registry.models import Expert, Job, Namespace, Revision, User
-from registry.services import downloads, experts, lineage, reconstructions
+from registry.services import downloads, experts, lineage, neighbours, reconstructions
 
 PAGE = 30
 FACETS = {"base_model": "base_model__name", "kind": "adapter_kind", "licence": "licence"}
@@ -79,6 +79,7 @@ def expert(request: HttpRequest, owner: str, name: str, revision: str = "main") 
         "has_measured_forms": any(row.preset for row in evaluations),
         "history": selectors.history(found)[:20],
         "card": card_body(shown),
+        "neighbours": neighbours.near(shown, request.user) if shown else None,
         "children": selectors.merges_of(found, request.user)[:20],
         "graph": graphs.of_lineage(lineage.of_expert(selectors.history(found), request.user)),
         "may_write": selectors.may_write(request.user, owner),
@@ -92,6 +93,15 @@ def status(request: HttpRequest, owner: str, name: str) -> HttpResponse:
     """The jobs of the head; the fragment asks for itself again while one of them runs."""
     found = selectors.expert(f"{owner}/{name}", request.user)
     return render(request, "hub/_jobs.html", {"expert": found, **progress(selectors.head(found))})
+
+
+@page
+def alike(request: HttpRequest, owner: str, name: str) -> HttpResponse:
+    """The neighbours alone: the page asks for them when it is there, because those by text come from the router."""
+    found = selectors.expert(f"{owner}/{name}", request.user)
+    revision = selectors.revision(selectors.Repository(found, None), request.GET.get("revision") or "main")
+    told = {**neighbours.of(revision, request.user), "is_whole": True}
+    return render(request, "hub/_neighbours.html", {"expert": found, "revision": revision, "neighbours": told})
 
 
 def progress(revision: Revision | None) -> dict[str, object]:

@@ -141,5 +141,5 @@ def _shown(shapes: Mapping[str, tuple[int, int]]) -> str:
 
 def _invalid(detail: str, *, pointer: str, met: object, wanted: object, remedy: str = _TRAIN_AGAIN) -> GatesInvalid:
     return GatesInvalid(
-        f"{detail}: met {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=remedy
+        f"{detail} ({pointer}): met {met}, wanted {wanted}.", pointer=pointer, met=met, wanted=wanted, remedy=remedy
     )

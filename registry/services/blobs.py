@@ -151,7 +151,7 @@ def verify() -> Iterator[tuple[str, str]]:
     for row in Blob.objects.order_by("pk").iterator():
         if row.pk in stored:
             yield row.pk, _damage(row)
-        elif row.files.exists() or row.encoded.exists():
+        elif row.files.exists() or row.encoded.exists() or row.fingerprints.exists():
             yield row.pk, "missing"
         stored.discard(row.pk)
     for sha256 in sorted(stored):

@@ -13,7 +13,7 @@ from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
 from registry import storage
-from registry.models import Blob, Encoded, File, Upload, UploadFile
+from registry.models import Blob, Encoded, File, Fingerprint, Upload, UploadFile
 from registry.services import merges
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def collect_garbage(*, grace_seconds: int | None = None) -> int:
     """
     grace = settings.HUB_GARBAGE_GRACE_SECONDS if grace_seconds is None else grace_seconds
     before = timezone.now() - timedelta(seconds=grace)
-    referring = (File, Encoded, UploadFile)
+    referring = (File, Encoded, Fingerprint, UploadFile)
     unused = Blob.objects.filter(touched_at__lt=before)
     for model in referring:
         unused = unused.filter(~Exists(model.objects.filter(blob=OuterRef("pk"))))

@@ -14,7 +14,7 @@ from django.db.models import Sum
 from moerge.tensors.adapters import AdapterConfig
 from moerge.tensors.header import Limits
 from registry import storage
-from registry.checks import adapters, cards, files, licences, statistics
+from registry.checks import adapters, cards, files, gates, licences, statistics
 from registry.checks.adapters import Examined
 from registry.checks.cards import Card
 from registry.errors import BaseUnknown, Fault, FileNotFound, QuotaExceeded, TooLarge, UploadInvalid
@@ -57,6 +57,7 @@ class Plan:
     warnings: tuple[str, ...]
     manifest_digest: str
     statistics: Mapping[str, Any] | None = None  # kinds and sha256 of stats.safetensors, where it is and fits
+    gates: Mapping[str, Any] | None = None  # method, count and sha256 of routing_gates.safetensors, likewise
 
     def sources(self) -> list[Staged | Blob]:
         """Where the bytes of the tree are."""
@@ -105,6 +106,8 @@ def plan(
             raise _question(config, card)
         _check_base(base, examined)
         warnings += examined.facts.warnings
+    gated, said = _gates(tree, examined, base, path_of, limits=limits)
+    warnings += said
     for entry in new:
         if files.is_weights(entry.path):
             warnings += adapters.scan(entry.path, path_of(entry), limits=limits)
@@ -113,7 +116,7 @@ def plan(
     if examined and base:
         warnings += [*_lacking(card), *licences.of_upload(card.licence, (base.name, base.licence))]
     unique = tuple(dict.fromkeys(warnings))
-    return Plan(parent, tree, card, overrides, base, examined, unique, manifest(tree), beside)
+    return Plan(parent, tree, card, overrides, base, examined, unique, manifest(tree), beside, gated)
 
 
 def tree_of(parent: Revision | None, changes: Changes) -> dict[str, Entry]:
@@ -276,6 +279,40 @@ def _statistics(
     is_old = not entry.is_new and tree[files.WEIGHTS].is_new
     warnings = [f"{statistics.FILE} was gathered on other weights than these."] if is_old else []
     return {"kinds": list(kinds), "sha256": entry.sha256}, warnings
+
+
+def _gates(
+    tree: Mapping[str, Entry],
+    examined: Examined | None,
+    base: BaseModel | None,
+    path_of: Callable[[Entry], Path],
+    *,
+    limits: Limits,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """What is to be known of the gates beside the adapter, if there are any, and warnings."""
+    entry = tree.get(gates.FILE)
+    if entry is None:
+        return None, []
+    about, count = gates.examine(path_of(entry), examined.facts if examined else None, limits=limits)
+    if entry.is_new:
+        gates.scan(path_of(entry))
+    if examined is None or base is None:
+        return None, []
+    named = bases.find(about.base_model.partition("@")[0])
+    if named is not None and named.pk != base.pk:
+        fault = Fault(files.pointer_of(gates.FILE, "__metadata__", "base_model"), named.name, base.name,
+                      "Train the gates on this adapter, or leave the file out.")  # fmt: skip
+        raise UploadInvalid(
+            f"{gates.FILE} was trained on {named.name}, the adapter belongs to {base.name}.", faults=[fault]
+        )
+    warnings = []
+    if not entry.is_new and tree[files.WEIGHTS].is_new:
+        warnings.append(f"{gates.FILE} was trained on other weights than these.")
+    if missing := len(examined.facts.shapes) - count:
+        warnings.append(
+            f"{missing} of {len(examined.facts.shapes)} modules have no gate; no token goes there by gates."
+        )
+    return {"method": about.method, "count": count, "sha256": entry.sha256}, warnings
 
 
 def _lacking(card: Card) -> list[str]:

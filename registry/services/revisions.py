@@ -226,6 +226,8 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     yield "saved_shapes", dict(list(plan.examined.saved_shapes.items())[:1000])
     if plan.statistics is not None:
         yield "statistics", dict(plan.statistics)
+    if plan.gates is not None:
+        yield "gates", dict(plan.gates)
 
 
 def _write_files(revision: Revision, plan: Plan) -> None:

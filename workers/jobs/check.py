@@ -1,12 +1,17 @@
-"""Check: what takes too long at the door. The stored bytes are read back and compared with their names."""
+"""Check: what takes too long at the door. The stored bytes are read back and compared with their names.
+
+Weights that were found sound are measured beside the pipeline: prototypes, fingerprint, neighbours.
+"""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
+from django.db import transaction
+
 from moerge.errors import MoergeError
 from moerge.tensors import files as tensor_files
-from registry import storage
+from registry import jobs, storage
 from registry.checks import cards, files
 from registry.errors import Fault, HubError, StorageUnavailable
 from registry.models import File, Revision
@@ -34,6 +39,9 @@ def run(work: Work) -> dict[str, Any]:
         except FileNotFoundError as error:
             raise StorageUnavailable(f"The bytes of {row.path} are not in the storage.") from error
         done += row.blob.size_bytes
+    if revision.expert_id is not None and revision.state != Revision.State.INCOMPLETE:
+        with transaction.atomic():
+            jobs.enqueue_fingerprint(revision)
     return {"files": len(rows), "bytes": done, "tensors": tensors}
 
 
