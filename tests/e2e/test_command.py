@@ -223,6 +223,32 @@ def test_a_recipe_that_the_hub_refuses_is_1_with_the_field(moerge: Run, hub: Hub
     assert not (tmp_path / "out").exists()
 
 
+def test_routing_is_asked_and_measured_by_the_command(moerge: Run, hub: Hub, tmp_path: Path):
+    asked = moerge("route", "My card was swallowed by the cash machine", "--top-k", "3", "--json")
+    assert asked.returncode == 0, asked.stderr
+    found = json.loads(asked.stdout)["results"]
+    assert (len(found), found[0]["expert"]) == (3, f"{hub.username}/banking-support")
+    labelled = {
+        "the ATM ate my debit card": "banking-support", "is my plane delayed": "travel-desk",
+        "tell me something funny": "small-talk", "order": "home-organiser", "what can replace eggs": "small-talk",
+    }  # fmt: skip
+    queries = tmp_path / "queries.jsonl"
+    lines = [{"q": text, "gold": f"{hub.username}/{name}"} for text, name in labelled.items()]
+    queries.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"q": "Zorn's lemma", "gold": None}]))
+    base = "sentence-transformers/all-MiniLM-L6-v2"
+    done = moerge("eval-router", queries, "--base", base, "--publish", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)["figures"]
+    body = {"texts": list(labelled), "base_model": base, "top_k": 50, "min_score": 0}
+    answers = httpx.post(f"{hub.url}/api/v1/route", json=body, headers=hub.headers).json()["answers"]
+    names = [[row["expert"].partition("/")[2] for row in answer["results"]] for answer in answers]
+    ranks = [own.index(gold) + 1 for own, gold in zip(names, labelled.values(), strict=True)]
+    assert max(ranks) > 1
+    assert figures["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+    assert figures["recall_1"] == pytest.approx(sum(rank == 1 for rank in ranks) / len(ranks))
+    assert f"{hub.username} asked 6 labelled queries on {base}" in httpx.get(f"{hub.url}/router?base_model={base}").text
+
+
 def test_refusals_of_the_hub_are_told_and_end_with_1(moerge: Run, expert: str, tmp_path: Path):
     hidden = moerge("pull", expert, "--out", tmp_path / "out", HF_TOKEN="")
     absent = moerge("pull", f"{expert}-not", "--out", tmp_path / "out")

@@ -68,6 +68,22 @@ def test_the_question_box_works_without_scripts(chromium, hub: Hub):
     context.close()
 
 
+def test_the_router_page_answers_while_one_types_and_keeps_the_question_in_its_address(page, hub: Hub, shots: Path):
+    page.goto(f"{hub.url}/router")
+    page.get_by_label("What is to be done").press_sequentially("My card was swallowed by the cash machine")
+    first = page.locator("table.routed tbody tr").first
+    first.wait_for()
+    assert f"{hub.username}/banking-support" in first.inner_text()
+    page.wait_for_url(re.compile(r"/router\?q=My\+card\+was\+swallowed\+by\+the\+cash\+machine$"))
+    page.reload()
+    assert f"{hub.username}/banking-support" in first.inner_text()
+    page.screenshot(path=shots / "router.png", full_page=True)
+    page.get_by_label("Each line is a question of its own").check()
+    with page.expect_download() as waiting:
+        page.get_by_role("link", name="CSV").click()
+    assert f",{hub.username}/banking-support," in Path(waiting.value.path()).read_text()
+
+
 def test_upload_merge_and_download_through_the_pages(signed_in, hub: Hub, shots: Path, tmp_path: Path):
     page = signed_in
     names = []
