@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _predictions(rows: Sequence[Measured]) -> Iterator[str]:
         line = {
             "id": row.query.id,
             "gold": sorted(row.query.gold),
-            "rank": None if row.rank > len(hits) else int(row.rank),
+            "rank": None if isinf(row.rank) else int(row.rank),
             "ranked": [hit.expert for hit in hits],
             "scores": [hit.score for hit in hits],
         }
