@@ -35,6 +35,7 @@ class Application:
         self._doors: dict[tuple[str, str], Callable[[dict[str, Any]], dict[str, Any]]] = {
             ("POST", "/route"): self._route,
             ("POST", "/encode"): self._encode,
+            ("POST", "/preview"): self._preview,
         }
 
     def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
@@ -80,6 +81,9 @@ class Application:
 
     def _route(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._router.route(**body)
+
+    def _preview(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self._router.preview(**body)
 
     def _encode(self, body: dict[str, Any]) -> dict[str, Any]:
         vectors = self._router.encode(body["texts"], encoder_id=body["encoder"])

@@ -7,7 +7,7 @@ from rest_framework.response import Response
 from api.authentication import require, viewer_of
 from api.v1 import records, schemas
 from api.v1.base import View
-from registry.services import route_merges, routing
+from registry.services import previews, route_merges, routing
 from registry.services.route_merges import Wish
 
 
@@ -23,6 +23,20 @@ class Route(View):
         body = schemas.RouteRequest(data=request.data)
         body.is_valid(raise_exception=True)
         return Response(routing.route(viewer=viewer_of(request), **body.validated_data))
+
+
+class Preview(View):
+    """POST the draft of a card: would its own examples be routed to it, and who comes before? Nothing is stored."""
+
+    @extend_schema(
+        operation_id="route_preview",
+        request=schemas.PreviewRequest,
+        responses={200: schemas.PreviewAnswer, **schemas.problems(400, 413, 415, 422)},
+    )
+    def post(self, request: Request) -> Response:
+        body = schemas.PreviewRequest(data=request.data)
+        body.is_valid(raise_exception=True)
+        return Response(previews.preview(viewer=viewer_of(request), **body.validated_data))
 
 
 class RouteMerge(View):

@@ -241,6 +241,47 @@ class RouteAnswer(s.Serializer[Any]):
     embedding_model = s.CharField(allow_null=True)
 
 
+class PreviewRequest(StrictSerializer):
+    """A card that nobody has uploaded yet."""
+
+    base_model = s.CharField(max_length=200)
+    name = s.CharField(max_length=200, help_text="Of the expert; as owner/name, the expert of that name is left out.")
+    description = s.CharField(required=False, default="", allow_blank=True, trim_whitespace=False)
+    examples = s.ListField(child=s.CharField(trim_whitespace=False), required=False, default=list, max_length=32)
+    instruction = s.CharField(required=False, default="", allow_blank=True, trim_whitespace=False)
+    tags = s.ListField(child=s.CharField(max_length=80), required=False, default=list, max_length=64)
+
+
+class PreviewLevel(s.Serializer[Any]):
+    """What cards of so many examples reached on the development queries of docs/routing.md."""
+
+    examples = s.IntegerField(help_text="This many; the last level: or more.")
+    recall_1 = s.FloatField(help_text="Share of queries whose expert comes first.")
+    recall_5 = s.FloatField()
+
+
+class PreviewWinner(s.Serializer[Any]):
+    expert = s.CharField()
+    score = s.FloatField()
+
+
+class PreviewText(s.Serializer[Any]):
+    index = s.IntegerField(help_text="Which example, from 0.")
+    rank = s.IntegerField(help_text="Among the visible experts of the base; 1: the draft comes first.")
+    score = s.FloatField(help_text="Of the draft without this example.")
+    would_be_routed = s.BooleanField(help_text="First, and not below the default threshold.")
+    winners = PreviewWinner(many=True, help_text="The first three that come before it.")
+
+
+class PreviewAnswer(s.Serializer[Any]):
+    quality = s.ChoiceField(["low", "fair", "good"], help_text="0, 1 to 4, 5 or more examples.")
+    expected = PreviewLevel()
+    levels = PreviewLevel(many=True)
+    texts = PreviewText(many=True)
+    routed = s.IntegerField(help_text="How many of the examples would be routed to the draft.")
+    index_seq = s.IntegerField()
+
+
 class Share(s.FloatField):
     """A share, 0 to 1, or null where there was nothing to take a share of."""
 

@@ -96,6 +96,12 @@ class Corpus:
         mean = lengths[~self._masked].sum() / max(1, self.document_count) or 1.0
         self._norms = K1 * (1 - B + B * lengths / mean)
 
+    def beside(self, counts: Mapping[str, int]) -> "Corpus":
+        """The same documents and one more, given as word -> count, which is numbered last."""
+        collector = Collector()
+        collector.add(counts)
+        return Corpus([*self._parts, Part(words=collector.words(np.zeros(1, dtype=np.int64)))])
+
     def scores(self, text: str) -> NDArray[np.float64]:
         """Score of every document for a query: text -> (documents,), 0 where no word is shared or it does not count.
 

@@ -71,7 +71,7 @@ class Partition:
         self._offsets = (0, len(self.base))
         self._alive = np.concatenate([~self.masked, np.ones(len(self.overlay), dtype=np.bool_)])
         self._count = int(np.count_nonzero(self._alive))
-        self._corpus = bm25.Corpus(
+        self.corpus = bm25.Corpus(
             [bm25.Part(words=self.base.words, masked=self.masked), bm25.Part(words=self.overlay.words)]
         )
         before = np.array([self.base.experts.place(expert) for expert in self.overlay.experts], dtype=np.int64)
@@ -142,13 +142,14 @@ class Partition:
         depth: int = DEPTH,
         allow: NDArray[np.int64] | None = None,
         with_tags: bool = False,
+        words: NDArray[np.float64] | None = None,
     ) -> Found:
         """The best `depth` experts by vector and the best `depth` by BM25, with all parts of their scores.
 
         With `allow` only experts of these numbers are candidates, and all of them where they are few. What concerns
-        tags is there when asked for.
+        tags is there when asked for. `words` are scores of BM25 by slot where they are not those of `corpus`.
         """
-        words = self._corpus.scores(query.text)
+        words = self.corpus.scores(query.text) if words is None else words
         passing = self._alive
         if allow is not None:
             passing = passing & np.concatenate([np.isin(part.numbers, allow) for part in self._parts])

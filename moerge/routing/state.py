@@ -21,7 +21,7 @@ DEFAULT_STRATEGY = "hybrid"
 
 # The same vectors multiplied in another order differ in the eighth digit. Six digits make equal cards tie on
 # every machine, and a tie goes to the smaller expert id.
-_DIGITS = 6
+DIGITS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class State:
         exhausted = True
         for name, part in parts.items():
             found = part.find(query, depth=depth, allow=numbers, with_tags=chosen.SPEC.needs_tags)
-            scores = np.round(chosen.score(query, found.candidates), _DIGITS)
+            scores = np.round(chosen.score(query, found.candidates), DIGITS)
             # Candidates come in the order of their ids, which a stable sort keeps among equals.
             order = np.argsort(-scores, kind="stable")
             # One more than asked for tells whether the limit hides any.
@@ -175,6 +175,6 @@ def _told(part: Partition, found: Found, place: int) -> dict[str, Any]:
         "expert": candidates.experts[place],
         "number": part.number(slot),
         "revision": part.revision(slot),
-        "parts": {name: round(float(getattr(candidates, name)[place]), _DIGITS) for name in names},
+        "parts": {name: round(float(getattr(candidates, name)[place]), DIGITS) for name in names},
         "matched_example_index": matched if matched >= 0 else None,
     }

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from moerge import embedding
 from moerge.errors import EncoderInvalid, MoergeError
-from moerge.routing import cards
+from moerge.routing import cards, drafts
 from moerge.routing.base import Query
-from moerge.routing.partition import DEPTH
+from moerge.routing.partition import DEPTH, Partition
 from moerge.routing.state import DEFAULT_STRATEGY, Hit, State
 from registry import models
 from registry.errors import IndexNotReady
@@ -206,6 +206,27 @@ class Router:
             "strategy": wanted,
             "rankings": answers,
         }
+
+    def preview(self, *, base_model: str, **texts: Any) -> dict[str, Any]:
+        """Where a draft of a card would stand on a base for each of its examples, asked while it is not on the card.
+
+        `texts` are the other fields of a Card. Raises IndexNotReady while the encoder loads.
+        """
+        serving = self._reached(0)
+        if serving.encoder is None:
+            raise IndexNotReady("The encoder is still loading.", retry_after_seconds=2)
+        card = cards.Card(base_model=base_model, **{**texts, "examples": tuple(texts["examples"])})
+        examples = cards.used_examples(card)
+        vectors = serving.encoder.encode(cards.texts(card))
+        asked = vectors[1 : 1 + len(examples)]
+        if examples and serving.line.row.prefix:
+            asked = serving.encoder.encode([serving.line.row.prefix + text for text in examples])
+        part = serving.state.partitions.get(base_model) or Partition(dimension=serving.state.dimension)
+        standings = [
+            drafts.standing(part, draft, Query(text=text, vector=vector))
+            for draft, text, vector in zip(drafts.without_each_example(card, vectors), examples, asked, strict=True)
+        ]
+        return {"seq": serving.state.seq, "standings": [asdict(one) for one in standings]}
 
     def refresh(self) -> None:
         """Bring what answers up to the clock and the encoders in use, each with its own index."""

@@ -26,6 +26,11 @@ def route(body: dict[str, Any]) -> dict[str, Any]:
     return _ask("POST", "/route", body=body, seconds=settings.HUB_ROUTER_TIMEOUT_SECONDS)
 
 
+def preview(body: dict[str, Any]) -> dict[str, Any]:
+    """Where a draft of a card would stand, as `registry.services.router.Router.preview` answers it."""
+    return _ask("POST", "/preview", body=body, seconds=settings.HUB_ROUTER_TIMEOUT_SECONDS)
+
+
 def encode(texts: list[str], *, encoder_id: str) -> NDArray[np.float32]:
     """The unit vectors of texts of cards, (n, d). Raises IndexNotReady while that encoder loads."""
     # A card of 33 long texts takes seconds on a busy core; nobody waits at a page for it.

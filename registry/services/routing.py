@@ -341,7 +341,7 @@ def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
             }
         )
         rankings = found["rankings"]
-        rows = _visible(viewer, asked.base, (hit["revision"] for ranking in rankings for hit in ranking["hits"]))
+        rows = visible(viewer, asked.base, (hit["revision"] for ranking in rankings for hit in ranking["hits"]))
         for place, ranking in zip(open_places, rankings, strict=True):
             hits = [(hit, rows[hit["revision"]]) for hit in ranking["hits"] if hit["revision"] in rows]
             kept[place] = {**ranking, "hits": hits[: asked.top_k]}
@@ -355,7 +355,7 @@ def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
         limit *= 8
 
 
-def _visible(viewer: Viewer, base: BaseModel | None, revision_ids: Iterable[int]) -> dict[int, Revision]:
+def visible(viewer: Viewer, base: BaseModel | None, revision_ids: Iterable[int]) -> dict[int, Revision]:
     """Of these revisions the ready ones, on this base, of experts that the caller may see and that are not yanked."""
     rows = Revision.objects.filter(
         pk__in=set(revision_ids),
