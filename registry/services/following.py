@@ -46,9 +46,10 @@ class Follower:
         """How far the index is, how much of it is from a snapshot, and why a later snapshot is not in use."""
         state, refused = self.state, self._refused
         return {
-            "index": "ready" if state else "loading",
-            "index_seq": state.seq if state else None,
-            "experts": len(state) if state else 0,
+            # A state without experts is false, and one all the same.
+            "index": "loading" if state is None else "ready",
+            "index_seq": None if state is None else state.seq,
+            "experts": 0 if state is None else len(state),
             "snapshot_seq": self._snapshot_seq,
             **({"snapshot_trouble": f"Snapshot {refused[0]} was passed by: {refused[1]}"} if refused else {}),
         }
@@ -75,7 +76,9 @@ class Follower:
         # Looked at in this order, a snapshot that is opened meanwhile is either met here or waited for.
         is_opening = self._opening is not None and self._opening.is_alive()
         opened, self._opened = self._opened, None
-        state = self.state or State(encoder_id=self.encoder.pk, dimension=self.encoder.dimension)
+        state = (
+            State(encoder_id=self.encoder.pk, dimension=self.encoder.dimension) if self.state is None else self.state
+        )
         if opened is not None and opened[0] <= clock:
             self._snapshot_seq, segments = opened
             state = State.based_on(

@@ -1,13 +1,20 @@
 """Experts with cards in the database, and a router on a local port: what the routing tests stand on."""
 
 import hashlib
+import os
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import numpy as np
+from django.db import connection
 
 from config.router_views import Application
 from moerge.routing import cards
@@ -40,6 +47,43 @@ def serving(router: Router, port: int = 0) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def database_url() -> str:
+    """The address of this run's database, for a process of its own."""
+    known = connection.settings_dict
+    return f"postgresql://{known['USER']}:{known['PASSWORD']}@{known['HOST']}:{known['PORT']}/{known['NAME']}"
+
+
+@contextmanager
+def router_process(log: Path, home: Path | str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A router as the process it is, on a socket of this test: gunicorn with its own connection to the database."""
+    door = socket.create_server(("127.0.0.1", 0))
+    gunicorn = ["-m", "gunicorn", "config.router:application", "--workers=1", "--threads=4"]
+    gunicorn += ["--graceful-timeout=1", "--no-control-socket"]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, *gunicorn, f"--bind=fd://{door.fileno()}"],
+            cwd=Path(__file__).resolve().parents[2],
+            env={**os.environ, "DATABASE_URL": database_url(), "HUB_HOME": str(home)},
+            pass_fds=[door.fileno()],
+            stdout=output,
+            stderr=output,
+        )
+        try:
+            yield f"http://127.0.0.1:{door.getsockname()[1]}", child
+        finally:
+            child.terminate()
+            child.wait(timeout=60)
+            door.close()
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait for something to come about."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not come about"
+        time.sleep(0.02)
 
 
 def still_loading() -> Router:

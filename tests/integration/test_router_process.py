@@ -1,53 +1,21 @@
 """The router as the process it is: gunicorn, its own connection to the database, words alone at first."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import httpx
 import pytest
-from django.db import connection
 
 from registry.services import routing
-from tests.integration.routables import expert, published
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.routables import expert, published, router_process, until
 
 
 @pytest.fixture
-def process(settings, tmp_path, transactional_db):
-    """A router process that just began, on a socket of this test."""
-    door = socket.create_server(("127.0.0.1", 0))
-    known = connection.settings_dict
-    address = f"postgresql://{known['USER']}:{known['PASSWORD']}@{known['HOST']}:{known['PORT']}/{known['NAME']}"
-    argv = [
-        "-m",
-        "gunicorn",
-        "config.router:application",
-        "--workers=1",
-        "--threads=4",
-        "--graceful-timeout=1",
-        f"--bind=fd://{door.fileno()}",
-    ]
-    log = (tmp_path / "log").open("wb")
-    child = subprocess.Popen(
-        [sys.executable, *argv],
-        cwd=ROOT,
-        env={**os.environ, "DATABASE_URL": address, "HUB_ROUTER_SECRET": settings.HUB_ROUTER_SECRET},
-        pass_fds=[door.fileno()],
-        stdout=log,
-        stderr=log,
-    )
-    yield f"http://127.0.0.1:{door.getsockname()[1]}"
-    child.terminate()
-    child.wait(timeout=60)
-    log.close()
-    door.close()
+def process(tmp_path, transactional_db):
+    """The address of a router process that just began."""
+    with router_process(tmp_path / "log", tmp_path) as (url, _):
+        yield url
 
 
 def test_a_router_process_answers_by_words_while_its_encoder_loads_and_follows_the_log(process, router, settings):
@@ -69,16 +37,17 @@ def test_a_router_process_answers_by_words_while_its_encoder_loads_and_follows_t
 
 def until_it_answers(url):
     """The router's first answer about itself that knows the index."""
-    limit = time.monotonic() + 60
-    while True:
+    found = []
+
+    def knows_the_index():
         try:
-            health = httpx.get(url + "/health", timeout=60).json()
+            found.append(httpx.get(url + "/health", timeout=60).json())
         except httpx.TransportError:
-            health = {}
-        if health.get("index") == "ready":
-            return health
-        assert time.monotonic() < limit
-        time.sleep(0.05)
+            return False
+        return found[-1]["index"] == "ready"
+
+    until(knows_the_index)
+    return found[-1]
 
 
 def test_a_kept_connection_that_the_router_closed_costs_no_answer(settings):

@@ -1,7 +1,6 @@
 """What makes an expert routable: its vectors, the change log under one clock, and routers that follow it."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from registry.errors import IndexNotReady
 from registry.models import Embedding, Expert, Job, Ref, Revision, RoutingChange, RoutingClock
 from registry.services import experts, routing
 from registry.services.router import Router
-from tests.integration.routables import expert, next_head, person, published, serving, still_loading
+from tests.integration.routables import expert, next_head, person, published, serving, still_loading, until
 
 db = pytest.mark.django_db
 committed = pytest.mark.django_db(transaction=True)
@@ -425,13 +424,6 @@ def test_a_router_survives_the_loss_of_its_database_connection(router):
         until(lambda: router.state.seq == 1)
     finally:
         router.stop()
-
-
-def until(condition, seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it did not come about"
-        time.sleep(0.02)
 
 
 def waiting_for_a_lock() -> bool:

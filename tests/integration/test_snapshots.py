@@ -1,11 +1,6 @@
 """Snapshots of the routing index: built from one moment, opened after a check of every byte, followed from there on."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,9 +16,8 @@ from registry.jobs import JobKind
 from registry.models import Embedding, Expert, Job, RoutingChange, RoutingClock, RoutingSnapshot
 from registry.services import encoders, entries, following, routing, snapshots
 from registry.services.following import Follower
-from tests.integration.routables import chance, put, reworded
+from tests.integration.routables import chance, put, reworded, until
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
@@ -334,51 +328,6 @@ def lock_is_free() -> bool:
     with connection.cursor() as cursor:
         cursor.execute("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")
         return cursor.fetchone()[0] == 0
-
-
-# A disk that takes for ever to write: where the builder stands when it is killed.
-STUCK = """
-import os, sys, time
-os.fsync = lambda handle: time.sleep(600)
-sys.argv = ["manage.py", "build_snapshot"]
-exec(open("manage.py").read())
-"""
-
-
-def test_a_builder_that_is_killed_leaves_the_last_snapshot_and_the_next_one_clears_up(home, tmp_path):
-    put("ann/a", "x")
-    first = build()
-    made = follower()
-    put("ann/b", "y")
-    database = connection.settings_dict
-    address = f"postgresql://{database['USER']}:{database['PASSWORD']}@{database['HOST']}:{database['PORT']}/{database['NAME']}"
-    child = subprocess.Popen(
-        [sys.executable, "-c", STUCK], cwd=ROOT, env={**os.environ, "DATABASE_URL": address, "HUB_HOME": str(home)}
-    )
-    try:
-        unfinished = home / first.folder.replace("/1", "/2.tmp")
-        until((unfinished / "meta.json").exists, seconds=60)
-        with pytest.raises(IndexNotReady):
-            build()
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait(timeout=30)
-    settle(made)
-    assert made.figures() == {"index": "ready", "index_seq": 2, "experts": 2, "snapshot_seq": 1}
-    assert follower().figures()["snapshot_seq"] == 1
-    assert unfinished.exists()
-    until(lock_is_free)
-    second = build()
-    assert folders(home) == sorted([first.folder, second.folder])
-    settle(made)
-    assert made.figures()["snapshot_seq"] == 2
-
-
-def until(condition, seconds: float = 30) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it did not come about"
-        time.sleep(0.02)
 
 
 def test_the_command_builds_and_tells(capsys):
