@@ -10,7 +10,7 @@ from moerge.client import examine
 from moerge.compression.adapters import CONFIG_FILE, WEIGHTS_FILE
 from moerge.errors import AdapterInvalid, MoergeError
 from moerge.runtime.errors import NotRoutable
-from moerge.tensors import adapters, files
+from moerge.tensors import adapters, files, places
 from moerge.tensors.adapters import AdapterConfig, AdapterFacts
 
 # What an adapter may do beyond B·A, for it is done here too: DoRA as a stretch, saved modules by `head_of`.
@@ -20,13 +20,17 @@ _OTHER_BASE = "Load the base model that the expert was trained on."
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert in a folder that stock PEFT loads; `name` is what usage tells, `sha256` that of its weights."""
+    """An expert in a folder that stock PEFT loads; `name` is what usage tells, `sha256` that of its weights.
+
+    `saved` are the shapes of tensors that replace those of the base, by the base's names.
+    """
 
     name: str
     folder: Path
     config: AdapterConfig
     facts: AdapterFacts
     sha256: str
+    saved: Mapping[str, tuple[int, ...]]
 
     @property
     def task_type(self) -> str:
@@ -39,6 +43,7 @@ def read(name: str, folder: Path) -> Expert:
         config = adapters.parse_config((folder / CONFIG_FILE).read_bytes())
         with files.open_file(folder / WEIGHTS_FILE) as file:
             facts = adapters.check(config, file.header)
+            saved = {places.of_base_tensor(tensor): file.header.tensors[tensor].shape for tensor in facts.saved}
     except FileNotFoundError as error:
         raise AdapterInvalid(
             f"{name} is no adapter: there is no {Path(error.filename).name} in {folder}.", pointer=name, met="nothing",
@@ -59,7 +64,7 @@ def read(name: str, folder: Path) -> Expert:
                 f"{name} cannot be routed per token: {blocker.reason}, met {blocker.met}.", pointer=blocker.pointer,
                 met=blocker.met, wanted="LoRA, rsLoRA or DoRA", remedy="Leave it out.",
             )  # fmt: skip
-    return Expert(name, folder, config, facts, files.sha256(folder / WEIGHTS_FILE))
+    return Expert(name, folder, config, facts, files.sha256(folder / WEIGHTS_FILE), saved)
 
 
 def opened(folder: Path, place: Path) -> Path:
@@ -80,8 +85,21 @@ def opened(folder: Path, place: Path) -> Path:
 
 
 def check_modules(experts: Sequence[Expert], base: Any) -> None:
-    """Every module that an expert adapts is in the model, a linear layer, and of its shape. Raises NotRoutable."""
+    """Every module that an expert adapts is in the model, a linear layer, and of its shape. Raises NotRoutable.
+
+    What an expert replaces must have the model's shape too.
+    """
     found: Mapping[str, Any] = dict(base.named_modules())
+    tensors: Mapping[str, Any] = dict(base.named_parameters())
+    for expert in experts:
+        for name, shape in expert.saved.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                met = list(tensors[name].shape) if name in tensors else "no such tensor"
+                raise NotRoutable(
+                    f"{expert.name} replaces {name}, which the model does not have in this shape.", pointer=name,
+                    met=f"{list(shape)} in the expert", wanted=str(met),
+                    remedy="Load the model with as many labels as the expert was trained with.",
+                )  # fmt: skip
     for expert in experts:
         for module, shape in expert.facts.shapes.items():
             layer = found.get(module)

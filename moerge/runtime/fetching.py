@@ -7,6 +7,7 @@ from typing import Any
 
 from moerge.client import Hub, environment, pulling, records
 from moerge.client.errors import AnswerInvalid
+from moerge.client.records import Snapshot
 from moerge.client.references import Reference
 from moerge.errors import ExpertsIncompatible, ParameterInvalid
 from moerge.routing import packs
@@ -57,7 +58,9 @@ def fetch(
         raise ParameterInvalid("Experts are named once each.", pointer="experts", met=", ".join(names) or "none",
                                wanted="one or more", remedy="Name each expert once.")  # fmt: skip
     snapshots = [hub.snapshot(reference) for reference in references]
-    base_model = _one_base({name: one.base_model for name, one in zip(names, snapshots, strict=True)})
+    base_model = _one_base(
+        {str(one): _base_of(hub, one, snapshot) for one, snapshot in zip(references, snapshots, strict=True)}
+    )
     if base not in {None, base_model} and _known_as(hub, str(base)) != base_model:
         raise ExpertsIncompatible(
             f"The experts belong to {base_model}, not to {base}.", pointer="base", met=base, wanted=base_model,
@@ -109,6 +112,11 @@ def _score(row: Mapping[str, Any], by_name: Mapping[str, str]) -> tuple[str, flo
     if name is None or type(score) not in (int, float):
         raise _odd("result", row, f"a score of one of {', '.join(by_name)}")
     return name, float(score)
+
+
+def _base_of(hub: Hub, reference: Reference, snapshot: Snapshot) -> str:
+    """The base model of an expert; what the hub derives of it has no record that tells."""
+    return snapshot.base_model or hub.snapshot(Reference(reference.owner, reference.name)).base_model
 
 
 def _one_base(bases: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 
 from moerge.errors import ParameterInvalid
@@ -14,6 +15,7 @@ from moerge.runtime.errors import NotRoutable
 from moerge.runtime.experts import Expert
 
 # PEFT's task types, and the models of transformers that they are trained on.
+_HEADS = ("classifier.weight", "score.weight", "out_proj.weight", "qa_outputs.weight")
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -39,14 +41,23 @@ def base_of(place: str | Path, experts: Sequence[Expert]) -> Any:
     if name is None:
         named = transformers.AutoConfig.from_pretrained(place).architectures or ["AutoModel"]
         name = named[0] if hasattr(transformers, named[0]) else "AutoModel"
-    return getattr(transformers, name).from_pretrained(place)
+    heads = {shape[0] for expert in experts for tensor, shape in expert.saved.items() if tensor.endswith(_HEADS)}
+    # A base knows of two labels until it is told.
+    options = {"num_labels": heads.pop()} if len(heads) == 1 else {}
+    return getattr(transformers, name).from_pretrained(place, **options)
 
 
 def with_experts(base: Any, experts: Sequence[Expert], *, head_of: str | None) -> tuple[Any, list[str]]:
     """A PeftModel that holds every expert as an adapter, none of them active, and the adapters' names.
 
-    Raises NotRoutable for modules that cannot be routed, ParameterInvalid where it is not said whose head to use.
+    Raises NotRoutable for modules that cannot be routed, ParameterInvalid where it is not said whose head to use or the
+    model has adapters already.
     """
+    if any(isinstance(part, BaseTunerLayer) for part in base.modules()):
+        raise ParameterInvalid(
+            "The model has adapters already, perhaps of an earlier RoutedModel.", pointer="model",
+            met=type(base).__name__, wanted="a base model as it was loaded", remedy="Load the base model anew.",
+        )  # fmt: skip
     adapters.check_modules(experts, base)
     names = [f"expert_{number}" for number in range(len(experts))]
     model: Any = peft.PeftModel.from_pretrained(base, str(experts[0].folder), adapter_name=names[0])
@@ -88,5 +99,6 @@ def _choose_head(model: Any, experts: Sequence[Expert], names: Sequence[str], he
     name = names[[expert.name for expert in experts].index(head_of)]
     for part in model.modules():
         if isinstance(part, ModulesToSaveWrapper):
-            part.set_adapter(name)
+            # An expert that saved nothing goes with the base's own.
+            part.set_adapter(name if name in part.modules_to_save else [])
             part.requires_grad_(requires_grad=False)

@@ -210,7 +210,7 @@ def test_another_base_is_refused_before_anything_is_fetched(server, trees):
     publish(server, NAMES[1], COMMITS[1], trees[1], base="tiny/other")
     with pytest.raises(ExpertsIncompatible, match="several base models") as caught:
         RoutedModel.from_hub(reference.llama(), NAMES, endpoint=server.url)
-    assert "bob/coffee: tiny/other" in caught.value.detail
+    assert "bob/coffee@main: tiny/other" in caught.value.detail
     assert not [asked for asked in server.asked if "/resolve/" in asked.path]
 
 

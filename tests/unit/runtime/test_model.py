@@ -360,6 +360,10 @@ def test_the_head_of_one_expert_serves_all_inputs_and_must_be_named(tmp_path):
     routed = RoutedModel.from_folders(classifier(), folders, strategy="top1", expert="b")
     wanted = logits(tiny_peft.loaded(tmp_path / "b", base=classifier), ids())
     torch.testing.assert_close(routed(ids()).logits, wanted, **CLOSE)
+    # From a folder the model gets as many labels as the head has; the adapters' own base says nothing of three.
+    classifier().bert.save_pretrained(tmp_path / "base")
+    labelled = RoutedModel.from_folders(tmp_path / "base", folders, strategy="top1", expert="b")
+    torch.testing.assert_close(labelled(ids()).logits, wanted, **CLOSE)
     with_other = RoutedModel.from_folders(classifier(), folders, strategy="top1", bias={"b": 1.0}, head_of="a")
     assert (with_other(ids()).logits - wanted).abs().max() > 1e-3
 
@@ -426,6 +430,21 @@ def test_an_adapter_set_active_beside_the_routing_is_refused(folders):
     routed.model.set_adapter("expert_1")
     with pytest.raises(ParameterInvalid, match="was set active"):
         routed(ids())
+
+
+def test_a_model_with_adapters_is_refused_and_so_is_a_head_of_another_shape(tmp_path, folders):
+    base = reference.llama()
+    RoutedModel.from_folders(base, folders)
+    with pytest.raises(ParameterInvalid, match="has adapters already"):
+        RoutedModel.from_folders(base, folders)
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"])
+    tiny_peft.saved(tmp_path / "three", config, base=classifier)
+    two = BertForSequenceClassification(
+        classifier().config.__class__(**{**classifier().config.to_dict(), "num_labels": 2})
+    )
+    with pytest.raises(NotRoutable, match=r"three replaces classifier\.bias") as caught:
+        RoutedModel.from_folders(two, [tmp_path / "three"], head_of="three")
+    assert caught.value.pointer == "classifier.bias"
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
