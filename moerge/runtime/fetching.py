@@ -109,7 +109,7 @@ def scores(
 
 def _score(row: Mapping[str, Any], by_name: Mapping[str, str]) -> tuple[str, float]:
     name, score = by_name.get(str(row.get("expert")).casefold()), row.get("score")
-    if name is None or type(score) not in (int, float):
+    if name is None or isinstance(score, bool) or not isinstance(score, int | float):
         raise _odd("result", row, f"a score of one of {', '.join(by_name)}")
     return name, float(score)
 
