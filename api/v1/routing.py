@@ -25,6 +25,20 @@ class Route(View):
         return Response(routing.route(viewer=viewer_of(request), **body.validated_data))
 
 
+class RouteVector(View):
+    """POST a query as the vector that the hub's encoder makes of it, for one base model or for all."""
+
+    @extend_schema(
+        operation_id="route_vector",
+        request=schemas.RouteVectorRequest,
+        responses={200: schemas.RouteAnswer, **schemas.problems(400, 413, 415, 422)},
+    )
+    def post(self, request: Request) -> Response:
+        body = schemas.RouteVectorRequest(data=request.data)
+        body.is_valid(raise_exception=True)
+        return Response(routing.route_vector(viewer=viewer_of(request), **body.validated_data))
+
+
 class Preview(View):
     """POST the draft of a card: would its own examples be routed to it, and who comes before? Nothing is stored."""
 

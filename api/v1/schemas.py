@@ -203,6 +203,9 @@ class RouteFilters(StrictSerializer):
     owner = s.CharField(required=False, max_length=96)
     tags = s.ListField(child=s.CharField(max_length=80), required=False, max_length=16)
     licence = s.CharField(required=False, max_length=64)
+    experts = s.ListField(
+        child=s.CharField(max_length=200), required=False, max_length=64, help_text="owner/name: nobody else."
+    )
 
 
 class RouteRequest(StrictSerializer):
@@ -215,6 +218,19 @@ class RouteRequest(StrictSerializer):
     min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
     explain = s.BooleanField(required=False, default=False)
     strategy = s.CharField(required=False, max_length=40)
+
+
+class RouteVectorRequest(StrictSerializer):
+    """A vector that the caller made by the hub's own encoder; only meaning is compared."""
+
+    vector = s.ListField(child=s.FloatField(), max_length=4096, help_text="As many values as the encoder's, length 1.")
+    embedding_model = s.CharField(max_length=120, help_text="As `POST /api/v1/route` names it.")
+    base_model = s.CharField(required=False, allow_null=True, max_length=200)
+    top_k = s.IntegerField(required=False, default=10, min_value=1, max_value=50)
+    filters = RouteFilters(required=False)
+    min_score = s.FloatField(required=False, allow_null=True, min_value=0, max_value=1)
+    min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
+    explain = s.BooleanField(required=False, default=False)
 
 
 class RouteResult(s.Serializer[Any]):

@@ -32,6 +32,7 @@ urlpatterns = [
     path("experts/<str:owner>/<str:name>/lineage", lineage.ExpertLineage.as_view()),
     path("experts/<str:owner>/<str:name>/neighbours", neighbours.Neighbours.as_view()),
     path("route", routing.Route.as_view()),
+    path("route/vector", routing.RouteVector.as_view()),
     path("route/preview", routing.Preview.as_view()),
     path("route/merge", routing.RouteMerge.as_view()),
     path("routing/packs", packs.Packs.as_view()),

@@ -3,7 +3,7 @@
 The hub's router and `bin/bench routing` both call `State.rank`, so what is measured is what is served.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ DEFAULT_STRATEGY = "hybrid"
 # The same vectors multiplied in another order differ in the eighth digit. Six digits make equal cards tie on
 # every machine, and a tie goes to the smaller expert id.
 DIGITS = 6
+
+# How far from 1 the length of a vector made by a client may be.
+UNIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,26 @@ class State:
                 partitions[name] = new
         return State(encoder_id=self.encoder_id, dimension=self.dimension, seq=seq, partitions=partitions)
 
+    def vector(self, values: Sequence[float], *, encoder_id: str) -> NDArray[np.float32]:
+        """A query vector that somebody else made: (d,) values of length 1, give or take a thousandth, as float32.
+
+        Raises QueryInvalid for one of another encoder, another width or another length, and where a value is no number.
+        """
+        if encoder_id != self.encoder_id:
+            raise _no_vector("a vector of another encoder", "/embedding_model", encoder_id, self.encoder_id)
+        if len(values) != self.dimension:
+            raise _no_vector(
+                "a vector of another width", "/vector", f"{len(values)} values", f"{self.dimension} values"
+            )
+        vector = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(vector).all():
+            place = int(np.flatnonzero(~np.isfinite(vector))[0])
+            raise _no_vector("a value is no number", f"/vector/{place}", str(vector[place]), "a finite number")
+        length = float(np.linalg.norm(vector))
+        if not abs(length - 1) <= UNIT_TOLERANCE:
+            raise _no_vector("a vector that is not of length 1", "/vector", f"length {length:.6g}", "length 1 +- 0.001")
+        return vector.astype(np.float32)
+
     def rank(
         self,
         query: Query,
@@ -163,6 +186,12 @@ class State:
             min_score=chosen.SPEC.threshold(max((len(part) for part in parts.values()), default=1)),
             exhausted=exhausted and (limit is None or len(hits) <= limit),
         )
+
+
+def _no_vector(detail: str, pointer: str, met: str, wanted: str) -> QueryInvalid:
+    return QueryInvalid(
+        detail, pointer=pointer, met=met, wanted=wanted, remedy="encode with the encoder named and send its unit vector"
+    )
 
 
 def _told(part: Partition, found: Found, place: int) -> dict[str, Any]:

@@ -168,24 +168,29 @@ class Router:
         allow: Sequence[int] | None = None,
         min_seq: int = 0,
         explain: bool = False,
+        vector: Sequence[float] | None = None,
+        embedding_model: str | None = None,
     ) -> dict[str, Any]:
         """Rank experts for each text, whoever may see them: the caller checks that.
 
+        With `vector`, which `embedding_model` made, that one query is asked by vector alone, whatever text is given.
         Raises IndexNotReady when the index does not reach `min_seq` within 2 s, RouterBusy when too many texts wait to
-        be encoded, QueryInvalid for a bad strategy.
+        be encoded, QueryInvalid for a bad strategy and for a vector that is not one of the encoder in use.
         """
         serving = self._reached(min_seq)
         state = serving.state
         wanted = strategy or DEFAULT_STRATEGY
         vectors: Iterable[NDArray[np.float32] | None] = [None] * len(texts)
-        if serving.encoder is not None and wanted != "bm25":
+        if vector is not None:
+            wanted, vectors = "dense", [state.vector(vector, encoder_id=embedding_model or "")]
+        elif serving.encoder is not None and wanted != "bm25":
             # What is left of web's patience is for the ranking and the way back.
             seconds = 0.8 * settings.HUB_ROUTER_TIMEOUT_SECONDS
             vectors = self._queue.encode(serving.encoder, texts, query=True, seconds=seconds)
         answers = []
-        for text, vector in zip(texts, vectors, strict=True):
+        for text, own in zip(texts, vectors, strict=True):
             ranking = state.rank(
-                Query(text=text, vector=vector),
+                Query(text=text, vector=own),
                 base_model=base_model,
                 strategy=wanted,
                 depth=max(DEPTH, limit),
@@ -202,7 +207,7 @@ class Router:
             )
         return {
             "seq": state.seq,
-            "embedding_model": None if serving.encoder is None else serving.encoder.id,
+            "embedding_model": None if serving.encoder is None and vector is None else state.encoder_id,
             "strategy": wanted,
             "rankings": answers,
         }
@@ -210,17 +215,20 @@ class Router:
     def preview(self, *, base_model: str, **texts: Any) -> dict[str, Any]:
         """Where a draft of a card would stand on a base for each of its examples, asked while it is not on the card.
 
-        `texts` are the other fields of a Card. Raises IndexNotReady while the encoder loads.
+        `texts` are the other fields of a Card. Raises IndexNotReady while the encoder loads, RouterBusy as in `route`.
         """
         serving = self._reached(0)
         if serving.encoder is None:
             raise IndexNotReady("The encoder is still loading.", retry_after_seconds=2)
         card = cards.Card(base_model=base_model, **{**texts, "examples": tuple(texts["examples"])})
         examples = cards.used_examples(card)
-        vectors = serving.encoder.encode(cards.texts(card))
+        seconds = 0.8 * settings.HUB_ROUTER_TIMEOUT_SECONDS
+        # Somebody types and asks again and again; the vectors of queries are remembered, those of cards are not.
+        has_prefix = bool(serving.line.row.prefix)
+        vectors = self._queue.encode(serving.encoder, cards.texts(card), query=not has_prefix, seconds=seconds)
         asked = vectors[1 : 1 + len(examples)]
-        if examples and serving.line.row.prefix:
-            asked = serving.encoder.encode([serving.line.row.prefix + text for text in examples])
+        if examples and has_prefix:
+            asked = self._queue.encode(serving.encoder, examples, query=True, seconds=seconds)
         part = serving.state.partitions.get(base_model) or Partition(dimension=serving.state.dimension)
         standings = [
             drafts.standing(part, draft, Query(text=text, vector=vector))

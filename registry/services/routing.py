@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MAX_TEXTS = 32
 MAX_CHARACTERS = 20_000
 MAX_RESULTS = 50
+MAX_NAMED = 64
 
 # Of what the router answers some may be hidden from this caller; three times as many leave enough as a rule.
 _SPARES = 3
@@ -44,6 +45,8 @@ class Asked:
     strategy: str | None
     explain: bool
     allow: tuple[int, ...] | None
+    vector: tuple[float, ...] | None = None
+    embedding_model: str | None = None
 
 
 def route(
@@ -62,7 +65,7 @@ def route(
     """The experts for a text, or for each of several: what `POST /api/v1/route` answers.
 
     An answer is empty and `abstained` when its `best_score` is below `min_score`; by default that is the strategy's own
-    threshold, .30 in a large catalogue and lower among few experts. `default_min_score` tells it in any case.
+    threshold, .24 in a large catalogue and lower among few experts. `default_min_score` tells it in any case.
     `degraded` tells that words alone decided because the encoder is still loading; `embedding_model` is None then.
     Raises QueryInvalid, TooLarge, BaseUnknown, and IndexNotReady when the router is away or behind `min_seq`.
     """
@@ -82,6 +85,39 @@ def route(
     if texts is None:
         return {**answers[0], **about}
     return {"answers": answers, **about}
+
+
+def route_vector(
+    *,
+    viewer: Viewer,
+    vector: Sequence[float],
+    embedding_model: str,
+    base_model: str | None = None,
+    top_k: int = 10,
+    filters: Mapping[str, Any] | None = None,
+    min_score: float | None = None,
+    min_seq: int | None = None,
+    explain: bool = False,
+) -> dict[str, Any]:
+    """The experts for a vector that the caller made: what `POST /api/v1/route/vector` answers, as `route` by `dense`.
+
+    Raises QueryInvalid for a vector that the named encoder did not make or that is not of length 1; else as `route`.
+    """
+    asked = Asked(
+        texts=("",),
+        base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
+        top_k=_number("/top_k", top_k, low=1, high=MAX_RESULTS),
+        min_score=min_score,
+        min_seq=_published(min_seq),
+        strategy=None,
+        explain=explain,
+        allow=_allowed(viewer, filters) if filters else None,
+        vector=tuple(vector),
+        embedding_model=embedding_model,
+    )
+    found = _ranked(viewer, asked)
+    about = {"index_seq": found["seq"], "embedding_model": found["embedding_model"]}
+    return {**_answer(asked, found["rankings"][0], found["strategy"]), **about}
 
 
 def router_health() -> dict[str, Any]:
@@ -319,6 +355,14 @@ def _allowed(viewer: Viewer, filters: Mapping[str, Any]) -> tuple[int, ...]:
         passing &= Q(tags__contains=list(tags))
     if licence := filters.get("licence"):
         passing &= Q(licence__iexact=licence)
+    if (named := filters.get("experts")) is not None:
+        if len(named) > MAX_NAMED:
+            raise _invalid("Too many experts.", "/filters/experts", len(named), f"at most {MAX_NAMED} names")
+        for place, name in enumerate(named):
+            if name.count("/") != 1:
+                raise _invalid("This is no expert's name.", f"/filters/experts/{place}", name, "owner/name")
+        # A hidden expert and one that does not exist are passed over alike.
+        passing &= Q(pk__in=[row.pk for row in selectors.experts_named(list(named), viewer)])
     rows = Expert.objects.visible_to(viewer).filter(passing, yanked_at=None)
     return tuple(rows.values_list("pk", flat=True))
 
@@ -338,6 +382,7 @@ def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
                 "allow": asked.allow,
                 "min_seq": asked.min_seq,
                 "explain": asked.explain,
+                **({} if asked.vector is None else {"vector": asked.vector, "embedding_model": asked.embedding_model}),
             }
         )
         rankings = found["rankings"]

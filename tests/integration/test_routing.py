@@ -134,6 +134,129 @@ def test_filters_leave_only_what_passes_them(experts):
     assert base["abstained"] is True
 
 
+def test_a_filter_by_name_leaves_the_experts_named_that_the_caller_may_see(experts, router):
+    published("carl/secret", "Books trips.", "book a flight to Rome", private=True)
+    router.refresh()
+
+    def named(*wanted, viewer=None, **options):
+        filters = {"experts": list(wanted), **options}
+        return sorted(names(routing.route(viewer=viewer, text="book a flight", filters=filters, min_score=0)))
+
+    assert named("ann/travel", "Bob/Bank") == ["ann/travel", "bob/bank"]
+    assert named("ann/travel", "bob/travel-other", owner="bob") == ["bob/travel-other"]
+    assert named("carl/secret", "carl/never", "ann/kitchen") == ["ann/kitchen"]
+    carl = Expert.objects.get(name="secret").namespace.members.get()
+    assert named("carl/secret", viewer=carl) == ["carl/secret"]
+    assert named() == []
+    assert len(named(*[f"nobody/n{number}" for number in range(63)], "ann/travel")) == 1
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "dense", "centroid", "glider", "two_stage", "skills", "bm25"])
+def test_every_strategy_answers_by_name(experts, strategy):
+    text = "book a cheap flight to Rome"
+    answer = routing.route(viewer=None, text=text, base_model="base/one", strategy=strategy, min_score=0)
+    assert (names(answer)[0], answer["strategy"], answer["degraded"]) == ("ann/travel", strategy, False)
+
+
+def test_glider_compares_the_written_instruction(experts, router, encoder):
+    instruction = "Translate the sentence into French."
+    row = experts["kitchen"].expert
+    Expert.objects.filter(pk=row.pk).update(instruction=instruction)
+    row.refresh_from_db()
+    routing.embed(experts["kitchen"])
+    routing.publish_to_index(experts["kitchen"])
+    router.refresh()
+    ask = {"viewer": None, "text": "say it in French", "base_model": "base/one", "min_score": 0}
+    first = routing.route(**ask, strategy="glider")["results"][0]
+    query, written = encoder.encode([ask["text"], instruction])
+    assert first["expert"] == "ann/kitchen"
+    assert first["score"] == pytest.approx(float(query @ written), abs=1e-3)
+    before = routing.route(**ask)["results"]
+    assert next(hit for hit in before if hit["expert"] == "ann/kitchen")["parts"]["bm25"] == 0.0
+
+
+def test_a_vector_made_by_the_caller_is_compared_by_meaning_alone(experts, encoder):
+    text = "reserve a plane ticket to Rome"
+    vector = encoder.encode([text])[0].tolist()
+    ask = {"viewer": None, "base_model": "base/one", "min_score": 0, "explain": True}
+    by_vector = routing.route_vector(**ask, vector=vector, embedding_model=encoder.id, top_k=2)
+    by_text = routing.route(**ask, text=text, strategy="dense", top_k=2)
+    assert (by_vector["strategy"], by_vector["degraded"], by_vector["embedding_model"]) == ("dense", False, encoder.id)
+    assert [(hit["expert"], hit["score"], hit["matched_example"]) for hit in by_vector["results"]] == [
+        (hit["expert"], pytest.approx(hit["score"], abs=1e-5), hit["matched_example"]) for hit in by_text["results"]
+    ]
+    only = routing.route_vector(
+        **ask, vector=vector, embedding_model=encoder.id, filters={"experts": ["bob/bank"], "owner": "bob"}
+    )
+    assert names(only) == ["bob/bank"]
+    assert routing.route_vector(**{**ask, "min_score": 0.99}, vector=vector, embedding_model=encoder.id)["abstained"]
+
+
+def test_a_vector_never_shows_a_hidden_expert(experts, encoder):
+    vector = encoder.encode(["book a flight to Rome"])[0].tolist()
+    ask = {"viewer": None, "vector": vector, "embedding_model": encoder.id, "min_score": 0}
+    assert "ann/travel" in names(routing.route_vector(**ask))
+    Expert.objects.filter(name="travel").update(visibility=Expert.Visibility.PRIVATE)
+    assert "ann/travel" not in str(routing.route_vector(**ask))
+
+
+def unit_vector(count=384, length=1.0):
+    return [length / count**0.5] * count
+
+
+WRONG_VECTORS = {
+    "too short": ({"vector": unit_vector(383)}, "/vector", "383 values", "384 values"),
+    "too long": ({"vector": unit_vector(385)}, "/vector", "385 values", "384 values"),
+    "empty": ({"vector": []}, "/vector", "0 values", "384 values"),
+    "not of length 1": ({"vector": unit_vector(length=1.0011)}, "/vector", "length 1.0011", "length 1 +- 0.001"),
+    "zero": ({"vector": [0.0] * 384}, "/vector", "length 0", "length 1 +- 0.001"),
+    "NaN": ({"vector": [*unit_vector()[:-1], float("nan")]}, "/vector/383", "nan", "a finite number"),
+    "infinite": ({"vector": [float("-inf"), *unit_vector()[1:]]}, "/vector/0", "-inf", "a finite number"),
+    "of another encoder": ({"embedding_model": "other@1"}, "/embedding_model", "other@1", None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VECTORS)
+def test_a_vector_that_the_encoder_cannot_have_made_is_refused(experts, encoder, name):
+    fields, pointer, met, wanted = WRONG_VECTORS[name]
+    ask = {"vector": unit_vector(), "embedding_model": encoder.id, **fields}
+    with pytest.raises(QueryInvalid) as caught:
+        routing.route_vector(viewer=None, **ask)
+    fault = caught.value.faults[0]
+    assert (fault.pointer, fault.met, fault.wanted) == (pointer, met, wanted or encoder.id)
+    assert fault.remedy
+
+
+@pytest.mark.parametrize("length", [0.9991, 1.0009])
+def test_a_vector_of_nearly_length_one_is_taken(experts, encoder, length):
+    answer = routing.route_vector(
+        viewer=None, vector=unit_vector(length=length), embedding_model=encoder.id, min_score=0
+    )
+    assert len(names(answer)) == 4
+
+
+def test_the_doors_take_vectors_and_names_and_refuse_what_is_none(experts, encoder, client):
+    def post(path, **body):
+        answer = client.post("/api/v1/route" + path, body, content_type="application/json")
+        return answer.status_code, answer.json()
+
+    vector = encoder.encode(["book a flight to Rome"])[0].tolist()
+    status, answer = post("/vector", vector=vector, embedding_model=encoder.id, base_model="base/one")
+    assert (status, answer["results"][0]["expert"]) == (200, "ann/travel")
+    for path, body, pointer in (
+        ("/vector", {"vector": vector[1:], "embedding_model": encoder.id}, "/vector"),
+        ("/vector", {"vector": vector}, "/embedding_model"),
+        ("/vector", {"vector": ["x"] * 384, "embedding_model": encoder.id}, "/vector/0"),
+        ("/vector", {"vector": vector, "embedding_model": encoder.id, "text": "x"}, "/text"),
+        ("", {"text": "x", "strategy": "oracle"}, "/strategy"),
+        ("", {"text": "x", "filters": {"experts": ["ann/travel"] * 65}}, "/filters/experts"),
+        ("", {"text": "x", "filters": {"experts": ["travel"]}}, "/filters/experts/0"),
+    ):
+        status, answer = post(path, **body)
+        assert (status, answer["errors"][0]["pointer"]) == (422, pointer)
+    assert "hybrid" in str(post("", text="x", strategy="oracle")[1]["errors"][0]["wanted"])
+
+
 def test_an_answer_below_the_threshold_is_empty_and_says_so(experts):
     ask = {"viewer": None, "text": "book a flight to Rome", "base_model": "base/one"}
     best = routing.route(**ask)["results"][0]["score"]
