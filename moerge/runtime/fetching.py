@@ -87,23 +87,34 @@ def scores(
     hub: Hub, texts: Sequence[str], experts: Sequence[str], base_model: str, *, strategy: str
 ) -> list[dict[str, float]]:
     """What the hub makes of each text for these experts: {expert: score}, without those that it does not name."""
+    found: list[dict[str, float]] = [{} for _ in texts]
+    for start in range(0, len(texts), _TEXTS):
+        part = list(texts[start : start + _TEXTS])
+        for first in range(0, len(experts), _RESULTS):
+            some = experts[first : first + _RESULTS]
+            for place, told in enumerate(_scored(hub, part, some, base_model, strategy=strategy), start):
+                found[place].update(told)
+    return found
+
+
+def _scored(
+    hub: Hub, texts: Sequence[str], experts: Sequence[str], base_model: str, *, strategy: str
+) -> list[dict[str, float]]:
+    """One request's worth."""
     by_name = {name.partition("@")[0].casefold(): name for name in experts}
     asked: dict[str, Any] = {
-        "base_model": base_model, "top_k": min(len(experts), _RESULTS), "min_score": 0,
-        "filters": {"experts": sorted(by_name)},
+        "texts": texts, "base_model": base_model, "top_k": len(experts), "min_score": 0,
+        "filters": {"experts": [name.partition("@")[0] for name in experts]},
     }  # fmt: skip
     if strategy == _GLIDER:
         asked["strategy"] = _GLIDER
+    answers = records.mapping(hub.post("/api/v1/route", asked)[1], "the answer").get("answers")
+    if not isinstance(answers, list) or len(answers) != len(texts):
+        raise _odd("answers", answers, f"{len(texts)} answers")
     found = []
-    for start in range(0, len(texts), _TEXTS):
-        part = list(texts[start : start + _TEXTS])
-        answer = records.mapping(hub.post("/api/v1/route", {**asked, "texts": part})[1], "the answer")
-        answers = answer.get("answers")
-        if not isinstance(answers, list) or len(answers) != len(part):
-            raise _odd("answers", answers, f"{len(part)} answers")
-        for one in answers:
-            rows = [records.mapping(row, "a result") for row in records.mapping(one, "an answer").get("results", [])]
-            found.append(dict(_score(row, by_name) for row in rows))
+    for one in answers:
+        rows = [records.mapping(row, "a result") for row in records.mapping(one, "an answer").get("results", [])]
+        found.append(dict(_score(row, by_name) for row in rows))
     return found
 
 

@@ -171,7 +171,7 @@ def test_the_hub_scores_the_experts_for_each_text(server):
     def route(asked):
         body = json.loads(asked.body)
         assert {name: value for name, value in body.items() if name != "texts"} == {
-            "base_model": BASE, "top_k": 2, "min_score": 0, "filters": {"experts": sorted(NAMES)},
+            "base_model": BASE, "top_k": 2, "min_score": 0, "filters": {"experts": list(NAMES)},
         }  # fmt: skip
         fits = [NAMES[1] if "coffee" in text else NAMES[0] for text in body["texts"]]
         return as_json({"answers": [{"results": [{"expert": name, "score": 0.4}]} for name in fits], "index_seq": 1})
@@ -188,6 +188,21 @@ def test_the_hub_scores_the_experts_for_each_text(server):
     routed.ask("any coffee?")
     routed(tiny_peft.tokens(2, 4))
     assert routed.usage()["model.layers.0.self_attn.q_proj"] == {NAMES[0]: 0.0, NAMES[1]: 1.0}
+
+
+def test_scores_of_many_experts_are_asked_for_in_parts(server):
+    def route(asked):
+        named = json.loads(asked.body)["filters"]["experts"]
+        assert json.loads(asked.body)["top_k"] == len(named) <= 50
+        return as_json(
+            {"answers": [{"results": [{"expert": name, "score": int(name[5:]) / 100} for name in named]}] * 2}
+        )
+
+    server.routes[ROUTE] = route
+    names = [f"Ann/e{number}" for number in range(60)]
+    with Hub(server.url) as hub:
+        found = fetching.scores(hub, ["a", "b"], names, BASE, strategy="top1")
+    assert found == [{name: number / 100 for number, name in enumerate(names)}] * 2
 
 
 def test_glider_asks_for_the_score_of_that_name(server, trees, tmp_path):

@@ -1,6 +1,8 @@
 """Gates trained by `moerge train-gates` on tiny models."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -175,6 +177,15 @@ def test_data_that_is_none_is_refused_with_its_line(tmp_path, text, words):
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(ParameterInvalid, match=words):
         training.read_lines(tmp_path / "d.jsonl")
+
+
+def test_the_command_says_what_to_install_where_torch_is_missing():
+    words = ["train-gates", "x", "--base", "b", "--data", "d", "--out", "o"]
+    script = f"import sys; sys.modules['torch'] = None; from moerge.cli import main; sys.exit(main({words}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "extra-missing: torch is not installed" in done.stderr
+    assert "pip install 'moerge[runtime]'" in done.stderr
 
 
 def test_wrong_use_of_the_command_is_told(places, tmp_path, capsys):
