@@ -7,6 +7,7 @@ The idf is never negative, so a word on every card adds little but never counts 
 are counted over all documents in use, wherever they are stored, so where they are stored changes no score.
 """
 
+import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moerge.routing import cards
-from moerge.routing.strings import Strings
+from moerge.routing.ragged import Strings, ranges
 
 K1 = 1.2
 B = 0.75
@@ -23,18 +24,34 @@ B = 0.75
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Words:
-    """The words of numbered documents: postings of term t stand from `starts[t]` to `starts[t + 1]`."""
+    """The terms of numbered documents: postings of term t stand from `starts[t]` to `starts[t + 1]`.
 
-    terms: Strings  # ascending
+    Terms are in the order of their keys, which are hashes, and of their letters where two have the same key.
+    """
+
+    keys: NDArray[np.uint64]  # (terms,)
+    terms: Strings
     starts: NDArray[np.int64]  # (terms + 1,)
     slots: NDArray[np.int32]  # (postings,) documents that have the term, ascending within each
     frequencies: NDArray[np.int32]  # (postings,) how often they have it
-    lengths: NDArray[np.int64]  # (documents,) words in each
+    lengths: NDArray[np.int64]  # (documents,) terms in each, repeated ones counted each time
 
-    def postings(self, term: str) -> slice:
-        """Where the postings of a term stand; an empty slice for an unknown one."""
-        place = self.terms.find(term)
-        return slice(0, 0) if place < 0 else slice(int(self.starts[place]), int(self.starts[place + 1]))
+    def postings(self, terms: Sequence[str]) -> list[slice]:
+        """Where the postings of each term stand; an empty slice for an unknown one."""
+        asked = _keys(terms)
+        firsts = np.searchsorted(self.keys, asked, side="left").tolist()
+        lasts = np.searchsorted(self.keys, asked, side="right").tolist()
+        found = []
+        for term, first, last in zip(terms, firsts, lasts, strict=True):
+            place = next((place for place in range(first, last) if self.terms[place] == term), -1)
+            found.append(slice(int(self.starts[place]), int(self.starts[place + 1])) if place >= 0 else slice(0, 0))
+        return found
+
+
+def _keys(terms: Sequence[str]) -> NDArray[np.uint64]:
+    """A hash of each term, the same on every machine: (terms,)."""
+    digests = (hashlib.blake2b(term.encode("utf-8", "surrogatepass"), digest_size=8).digest() for term in terms)
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
 
 
 class Collector:
@@ -58,18 +75,22 @@ class Collector:
     def words(self, order: NDArray[np.int64]) -> Words:
         """All documents, the one taken in at `order[i]` as number i: (documents,) -> Words."""
         names = sorted(self._terms)
-        term_rank = np.empty(len(names), dtype=np.int64)
-        term_rank[[self._terms[name] for name in names]] = np.arange(len(names))
-        slot_of = np.empty(len(order), dtype=np.int32)
-        slot_of[order] = np.arange(len(order), dtype=np.int32)
-        terms = term_rank[np.array(self._term_of, dtype=np.int64)]
-        slots = np.repeat(slot_of, np.array(self._distinct, dtype=np.int64))
-        by_term = np.lexsort((slots, terms))
+        keys = _keys(names)
+        by_key = np.argsort(keys, kind="stable")
+        rank = np.empty(len(names), dtype=np.int32)
+        rank[np.array([self._terms[name] for name in names], dtype=np.int64)[by_key]] = np.arange(len(names))
+        # Postings in the order of the documents, then, which a stable sort keeps within each, by term.
+        counts = np.array(self._distinct, dtype=np.int64)
+        ends = np.cumsum(counts)
+        taken = ranges((ends - counts)[order], ends[order])
+        terms = rank[np.array(self._term_of, dtype=np.int32)[taken]]
+        by_term = np.argsort(terms, kind="stable")
         return Words(
-            terms=Strings.of(names),
+            keys=keys[by_key],
+            terms=Strings.of(names[place] for place in by_key.tolist()),
             starts=np.concatenate([[0], np.cumsum(np.bincount(terms, minlength=len(names)))]).astype(np.int64),
-            slots=slots[by_term],
-            frequencies=np.array(self._frequencies, dtype=np.int32)[by_term],
+            slots=np.repeat(np.arange(len(order), dtype=np.int32), counts[order])[by_term],
+            frequencies=np.array(self._frequencies, dtype=np.int32)[taken][by_term],
             lengths=np.array(self._lengths, dtype=np.int64)[order],
         )
 
@@ -124,7 +145,7 @@ class Corpus:
         """All postings of some words: place of the word, number of the document, how often it has the word."""
         terms, documents, frequencies, offset = [], [], [np.zeros(0, dtype=np.int32)], 0
         for part in self._parts:
-            found = [part.words.postings(word) for word in words]
+            found = part.words.postings(words)
             frequencies += [part.words.frequencies[place] for place in found]
             own = np.concatenate([np.zeros(0, dtype=np.int64), *(part.words.slots[place] for place in found)])
             documents.append(own + offset)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from moerge.routing import bm25
 from moerge.routing.base import Candidates, Query
 from moerge.routing.cards import Card, Entry
-from moerge.routing.segment import Segment, ranges
+from moerge.routing.ragged import ranges
+from moerge.routing.segment import Segment
 
 # Candidates taken from each side before the exact score: 50 loses nothing that matters against scoring all.
 DEPTH = 50

@@ -17,7 +17,7 @@ from moerge.routing import cards
 from moerge.routing.bm25 import Collector, Words
 from moerge.routing.cards import Card, Entry
 from moerge.routing.index import FLAT_LIMIT, GRAPH_LIMIT, VectorIndex
-from moerge.routing.strings import Strings
+from moerge.routing.ragged import Strings, ranges
 
 Columns = Mapping[str, NDArray[Any]]
 
@@ -39,6 +39,7 @@ class Segment:
         self.starts: NDArray[np.int64] = columns["starts"]
         self.instructed: NDArray[np.bool_] = columns["instructed"]
         self.words = Words(
+            keys=columns["term_keys"],
             terms=_strings(columns, "terms"),
             starts=columns["term_starts"],
             slots=columns["posting_slots"],
@@ -118,13 +119,6 @@ class Segment:
         return ranges(self.starts[slots], self.starts[slots + 1])
 
 
-def ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The numbers of all half-open ranges, one range after the other: (n,), (n,) -> (sum of lengths,)."""
-    lengths = ends - starts
-    shifts: NDArray[np.int64] = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
-    return shifts + np.arange(len(shifts))
-
-
 def _packed(name: str, texts: Iterable[str]) -> dict[str, NDArray[Any]]:
     packed = Strings.of(texts)
     return {name: packed.blob, f"{name}_offsets": packed.offsets}
@@ -140,6 +134,7 @@ def _starts(lengths: Iterable[int]) -> NDArray[np.int64]:
 
 def _word_columns(words: Words) -> dict[str, NDArray[Any]]:
     return {
+        "term_keys": words.keys,
         "terms": words.terms.blob,
         "terms_offsets": words.terms.offsets,
         "term_starts": words.starts,

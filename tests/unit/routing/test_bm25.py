@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moerge.routing import cards
+from moerge.routing import bm25, cards
 from moerge.routing.bm25 import Collector, Corpus, Part
 from tests.unit.routing.builders import terms
 
@@ -92,6 +92,13 @@ def test_documents_without_words_neither_match_nor_break():
 def test_documents_are_numbered_by_the_order_asked_for_and_not_as_they_came():
     made = Corpus([part(["flight flight", "salt", "flight"], order=[1, 2, 0])])
     assert made.scores("flight") == pytest.approx(index("salt", "flight", "flight flight").scores("flight"))
+
+
+def test_terms_of_one_hash_are_told_apart(monkeypatch):
+    monkeypatch.setattr(bm25, "_keys", lambda terms: np.array([len(term) for term in terms], dtype=np.uint64))
+    documents = ["book flight", "flight", "hotel oven", ""]
+    for query in ("flight", "oven hotel", "salt", "book"):
+        assert index(*documents).scores(query) == pytest.approx(plain(documents, query), abs=1e-9)
 
 
 WORDS = st.lists(st.sampled_from("abcdef"), max_size=6).map(" ".join)

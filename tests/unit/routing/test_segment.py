@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moerge.errors import IndexInvalid
+from moerge.routing.ragged import Strings
 from moerge.routing.segment import Segment
-from moerge.routing.strings import Strings
 from tests.unit.routing.builders import DIMENSION, crowd, entry
 
 

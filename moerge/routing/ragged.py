@@ -1,4 +1,4 @@
-"""Strings: many texts in one block of bytes, so that a file mapped into memory can hold them and processes share it."""
+"""Lists of unequal length in flat arrays, which a file mapped into memory can hold: texts, and ranges of numbers."""
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +46,13 @@ class Strings(Sequence[str]):
 
     def _at(self, place: int) -> bytes:
         return bytes(self._bytes[self._ends[place] : self._ends[place + 1]])
+
+
+def ranges(starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers of all half-open ranges, one range after the other: (n,), (n,) -> (sum of lengths,)."""
+    lengths = ends - starts
+    shifts: NDArray[np.int64] = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return shifts + np.arange(len(shifts))
 
 
 def _bytes(text: str) -> bytes:
