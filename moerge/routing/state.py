@@ -4,7 +4,7 @@ The hub's router and `bin/bench routing` both call `State.rank`, so what is meas
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,10 +60,14 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class State:
-    """Partitions by base model as of change number `seq`, all vectors from one encoder. Never changed once made."""
+    """Partitions by base model as of change number `seq`, all vectors from one encoder. Never changed once made.
+
+    `thresholds` holds, by name of a strategy, those of its thresholds that are others with this encoder.
+    """
 
     encoder_id: str
     dimension: int
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     seq: int = 0
     partitions: Mapping[str, Partition] = field(default_factory=dict)
 
@@ -71,10 +75,20 @@ class State:
         return sum(len(part) for part in self.partitions.values())
 
     @classmethod
-    def based_on(cls, segments: Mapping[str, Segment], *, seq: int, encoder_id: str, dimension: int) -> "State":
+    def based_on(
+        cls,
+        segments: Mapping[str, Segment],
+        *,
+        seq: int,
+        encoder_id: str,
+        dimension: int,
+        thresholds: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> "State":
         """The state of a snapshot, given as base model -> segment."""
         partitions = {name: Partition(dimension=dimension, base=segment) for name, segment in segments.items()}
-        return cls(encoder_id=encoder_id, dimension=dimension, seq=seq, partitions=partitions)
+        return cls(
+            encoder_id=encoder_id, dimension=dimension, thresholds=thresholds or {}, seq=seq, partitions=partitions
+        )
 
     @property
     def overlay_count(self) -> int:
@@ -106,7 +120,7 @@ class State:
             new = old.changed(put=incoming.get(name, ()), removed=ids, withdrawn=numbers)
             if len(new):
                 partitions[name] = new
-        return State(encoder_id=self.encoder_id, dimension=self.dimension, seq=seq, partitions=partitions)
+        return replace(self, seq=seq, partitions=partitions)
 
     def vector(self, values: Sequence[float], *, encoder_id: str) -> NDArray[np.float32]:
         """A query vector that somebody else made: (d,) values of length 1, give or take a thousandth, as float32.
@@ -155,6 +169,7 @@ class State:
         chosen = members[strategy]
         if chosen.SPEC.needs_vector and query.vector is None:
             chosen = members["bm25"]
+        spec = replace(chosen.SPEC, **self.thresholds.get(chosen.SPEC.name, {}))
         if base_model is None:
             parts = self.partitions
         else:
@@ -163,7 +178,7 @@ class State:
         hits: list[Hit] = []
         exhausted = True
         for name, part in parts.items():
-            found = part.find(query, depth=depth, allow=numbers, with_tags=chosen.SPEC.needs_tags)
+            found = part.find(query, depth=depth, allow=numbers, with_tags=spec.needs_tags)
             scores = np.round(chosen.score(query, found.candidates), DIGITS)
             # Candidates come in the order of their ids, which a stable sort keeps among equals.
             order = np.argsort(-scores, kind="stable")
@@ -173,7 +188,7 @@ class State:
                 Hit(
                     base_model=name,
                     score=float(scores[place]),
-                    confidence=chosen.SPEC.confidence(float(scores[place]), len(part)),
+                    confidence=spec.confidence(float(scores[place]), len(part)),
                     **_told(part, found, int(place)),
                 )
                 for place in order
@@ -182,8 +197,8 @@ class State:
         hits.sort(key=lambda hit: (-hit.score, hit.expert))
         return Ranking(
             hits=tuple(hits[:limit]),
-            strategy=chosen.SPEC,
-            min_score=chosen.SPEC.threshold(max((len(part) for part in parts.values()), default=1)),
+            strategy=spec,
+            min_score=spec.threshold(max((len(part) for part in parts.values()), default=1)),
             exhausted=exhausted and (limit is None or len(hits) <= limit),
         )
 

@@ -100,15 +100,17 @@ def find(encoder_id: str) -> Encoder:
     return row
 
 
-def _thresholds(wanted: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def _thresholds(wanted: Any) -> dict[str, dict[str, float]]:
     known = routing.catalogue()
+    if not isinstance(wanted, dict):
+        raise _invalid("/thresholds", wanted, "thresholds by name of a strategy")
     for name, values in wanted.items():
-        if name not in known:
-            raise _invalid(f"/thresholds/{name}", name, sorted(known))
+        if name not in known or not isinstance(values, dict):
+            raise _invalid(f"/thresholds/{name}", values, f"thresholds of one of {', '.join(sorted(known))}")
         for key, value in values.items():
-            if key not in _THRESHOLDS or not 0 <= value <= 1:
+            if key not in _THRESHOLDS or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise _invalid(f"/thresholds/{name}/{key}", value, f"{', '.join(sorted(_THRESHOLDS))}, each 0 to 1")
-    return {name: dict(values) for name, values in wanted.items()}
+    return wanted
 
 
 def _invalid(pointer: str, met: Any, wanted: Any) -> RequestInvalid:

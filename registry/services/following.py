@@ -34,6 +34,11 @@ class Follower:
     def __init__(self, encoder: Encoder, *, wake: Callable[[], None]) -> None:
         self.encoder = encoder
         self.state: State | None = None
+        self._facts: dict[str, Any] = {
+            "encoder_id": encoder.pk,
+            "dimension": encoder.dimension,
+            "thresholds": encoder.thresholds,
+        }
         self._wake = wake
         self._snapshot_seq: int | None = None
         self._refused: tuple[int, str] | None = None
@@ -76,14 +81,10 @@ class Follower:
         # Looked at in this order, a snapshot that is opened meanwhile is either met here or waited for.
         is_opening = self._opening is not None and self._opening.is_alive()
         opened, self._opened = self._opened, None
-        state = (
-            State(encoder_id=self.encoder.pk, dimension=self.encoder.dimension) if self.state is None else self.state
-        )
+        state = State(**self._facts) if self.state is None else self.state
         if opened is not None and opened[0] <= clock:
             self._snapshot_seq, segments = opened
-            state = State.based_on(
-                segments, seq=self._snapshot_seq, encoder_id=self.encoder.pk, dimension=self.encoder.dimension
-            )
+            state = State.based_on(segments, seq=self._snapshot_seq, **self._facts)
         elif (self.state is not None and state.seq == clock) or (is_opening and _is_far(state.seq, clock)):
             return
         self.state = _replayed(state, clock, self.encoder)

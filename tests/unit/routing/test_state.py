@@ -454,6 +454,21 @@ def test_a_state_that_others_still_read_does_not_change():
     assert (before.seq, len(before)) == (1, 10)
 
 
+def test_an_encoder_with_thresholds_of_its_own_is_answered_by_them_also_after_a_change():
+    own = {"dense": {"min_score": 0.7, "relief": 0.0, "medium": 0.75, "high": 0.9}}
+    made = State(encoder_id="test", dimension=DIMENSION, thresholds=own).changed(
+        seq=1, put=[entry("o/a", vectors=[unit(1)])]
+    )
+    made = made.changed(seq=2, put=[entry("o/b", vectors=[unit(0, 1)])])
+    vector = np.zeros(DIMENSION, dtype=np.float32)
+    vector[:2] = 0.8, 0.6
+    ranking = made.rank(Query(text="", vector=vector), strategy="dense")
+    assert ranking.min_score == 0.7
+    # 0.8 and 0.6 against medium .75 and high .9, without any relief among two experts.
+    assert [(hit.expert, hit.confidence) for hit in ranking.hits] == [("o/a", "medium"), ("o/b", "low")]
+    assert made.rank(Query(text="", vector=vector), strategy="centroid").min_score < 0.7
+
+
 def test_vectors_of_another_width_do_not_enter():
     with pytest.raises(IndexInvalid):
         State(encoder_id="test", dimension=16).changed(seq=1, put=[entry("o/a")])
