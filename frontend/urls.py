@@ -12,6 +12,7 @@ urlpatterns = [
     path("router/answer", router.ask, name="router-answer"),
     path("router/download", router.download, name="router-download"),
     path("upload", uploading.upload, name="upload"),
+    path("upload/preview", uploading.preview, name="upload-preview"),
     path("merge", merging.builder, name="merge"),
     path("merge/check", merging.check, name="merge-check"),
     path("merges/<str:merge_id>", merging.merge, name="merge-result"),

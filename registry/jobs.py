@@ -41,12 +41,11 @@ class JobKind(StrEnum):
     SNAPSHOT = "snapshot"
     PROTOTYPES = "prototypes"
     NEIGHBOURS = "neighbours"
-    DESCRIBE = "describe"
 
 
 HEAVY = frozenset({
     JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT, JobKind.SNAPSHOT, JobKind.PROTOTYPES,
-    JobKind.NEIGHBOURS, JobKind.DESCRIBE,
+    JobKind.NEIGHBOURS,
 })  # fmt: skip
 # Job.priority; the queues give the smallest number first.
 WAITED_FOR, ASKED_FOR, NOBODY_WAITS = 0, 3, 6

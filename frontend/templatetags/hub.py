@@ -77,6 +77,12 @@ def part_says(name: str) -> str:
 
 
 @register.filter
+def grade(quality: str) -> str:
+    """The colour of low, fair and good."""
+    return {"good": "high", "fair": "medium"}.get(quality, "low")
+
+
+@register.filter
 def get(mapping: dict[str, Any] | None, name: str) -> Any:
     return (mapping or {}).get(name)
 

@@ -77,15 +77,16 @@ class Question:
             body["min_score"] = _share(self.min_score)
         return body | {"explain": True}
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """The fields of the form that were filled in."""
+        batch = "on" if self.is_batch else ""
+        given = {"q": self.text, "lines": batch, **{name: getattr(self, name) for name in FIELDS}}
+        return {name: value for name, value in given.items() if value}
+
     def address(self, **changes: str) -> str:
-        """The query string that fills the form in like this; what is empty is left out."""
-        fields = {
-            "q": self.text,
-            "lines": "on" if self.is_batch else "",
-            **{name: getattr(self, name) for name in FIELDS},
-            **changes,
-        }
-        return urlencode({name: value for name, value in fields.items() if value})
+        """The query string that fills the form in like this."""
+        return urlencode({**self.fields, **changes})
 
 
 def _whole(text: str) -> int:
@@ -143,9 +144,10 @@ def ask(request: HttpRequest) -> HttpResponse:
 
 @page
 def download(request: HttpRequest) -> HttpResponse:
-    """The answers to a batch as CSV or JSON lines."""
-    question = Question.of(request.GET)
-    kind = request.GET.get("format", "csv")
+    """The answers to a batch as CSV or JSON lines; a batch too long for an address is posted."""
+    given = request.POST if request.method == "POST" else request.GET
+    question = Question.of(given)
+    kind = given.get("format", "csv")
     if kind not in {"csv", "jsonl"}:
         fault = Fault("?format", kind[:40], ["csv", "jsonl"], "Choose one of these.")
         raise RequestInvalid("This format is not known.", faults=[fault])
@@ -204,7 +206,6 @@ def answer(request: HttpRequest, question: Question) -> dict[str, Any]:
         context["batch"] = list(rows_of(body["texts"], found["answers"]))
         context["degraded"] = any(one["degraded"] for one in found["answers"])
         context["default_min_score"] = found["answers"][0]["default_min_score"]
-        context["query"] = question.address()
         return context
     experts = {
         expert.full_name: expert

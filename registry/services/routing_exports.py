@@ -43,7 +43,7 @@ def of(viewer: Viewer, wanted: Search) -> Export:
     Raises BaseUnknown, NotFound where nothing is left, RequestInvalid for more than one file should hold.
     """
     base = bases.resolve(wanted.base_model, pointer="?base_model")
-    visible = selectors.search(viewer, replace(wanted, base_model="", text="")).filter(yanked_at=None)
+    visible = selectors.search(viewer, replace(wanted, base_model="", text=""))
     heads = selectors.routable().filter(base_model=base, expert__in=visible.order_by().values("pk"))
     rows = heads.select_related("expert__namespace", "base_model").order_by("expert__namespace__name", "expert__name")
     found = [routing.card_of(row.expert, row) for row in rows[: MOST_EXPERTS + 1] if row.expert is not None]

@@ -80,7 +80,7 @@ def test_the_router_page_answers_while_one_types_and_keeps_the_question_in_its_a
     page.screenshot(path=shots / "router.png", full_page=True)
     page.get_by_label("Each line is a question of its own").check()
     with page.expect_download() as waiting:
-        page.get_by_role("link", name="CSV").click()
+        page.get_by_role("button", name="CSV").click()
     assert f",{hub.username}/banking-support," in Path(waiting.value.path()).read_text()
 
 

@@ -137,15 +137,26 @@ def test_a_batch_has_a_row_for_each_line_and_comes_as_csv_and_json_lines(experts
     assert re.fullmatch(r"bob/kitchen 0\.\d{3}", first[4])
     assert second[1:3] == ["=1+1 boil an egg", "bob/kitchen"]
     assert re.fullmatch(rf"no expert best score 0\.\d{{3}}, threshold {threshold()}", third[2])
-    links = [html.unescape(link) for link in re.findall(r'href="(/router/download\?[^"]+)"', text)]
-    table = client.get(links[0])
+    form = dict(
+        re.findall(
+            r'<input type="hidden" name="(\w+)" value="([^"]*)">', text.partition('action="/router/download"')[2]
+        )
+    )
+    sent = {name: html.unescape(value) for name, value in form.items() if name != "csrfmiddlewaretoken"}
+    assert sent == {"q": BATCH.replace("\r\n", "\n"), "lines": "on", "base_model": "base/one"}
+    table = client.post("/router/download", {**sent, "format": "csv"})
     assert 'filename="routed.csv"' in table["Content-Disposition"]
     assert table["Cache-Control"] == "private, no-store"
     read = list(csv.DictReader(io.StringIO(table.content.decode())))
-    lines = [json.loads(line) for line in client.get(links[1]).content.decode().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in client.post("/router/download", {**sent, "format": "jsonl"}).content.decode().splitlines()
+    ]
     assert [row["text"] for row in lines] == ["fly to Rome", "=1+1 boil an egg", "zxqv wvut"]
     # No table program takes the second for a formula.
     assert [row["text"] for row in read] == ["fly to Rome", "'=1+1 boil an egg", "zxqv wvut"]
+    # The same by an address, for who keeps one.
+    assert client.get(address("/router/download", format="csv", **sent)).content == table.content
     for kept, cells, row in zip(lines, read, (first, second, third), strict=True):
         assert cells["expert"] == (kept["expert"] or "")
         assert kept["abstained"] == (kept["expert"] is None) == (cells["abstained"] == "True")

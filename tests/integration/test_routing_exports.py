@@ -129,6 +129,9 @@ def test_hostile_cards_stay_texts_and_reach_no_environment() -> None:
         assert "${" not in example
         assert "\n" not in example
     assert "$P" not in text
+    # In quotes, because readers of YAML differ in what they take for a number or a date.
+    for written in ("null", "yes", "0x1F", "1e5", "2026-01-01"):
+        assert text.count(f' "{written}"\n') == 3  # of the LoRA, the candidate and the decision
 
 
 def test_the_threshold_of_the_signals_is_the_callers() -> None:
@@ -154,7 +157,7 @@ def test_cards_come_as_the_bench_reads_them(tmp_path) -> None:
     ]  # fmt: skip
     path = tmp_path / "cards.jsonl"
     path.write_text(text)
-    made = [bench.card_of(record) for record in bench._lines(path, needed=("id", "name"))]
+    made = [bench.card_of(record) for record in bench.lines(path, needed=("id", "name"))]
     assert [card.expert for card in made] == ["ann/tea", "bob/bare"]
 
 

@@ -32,6 +32,7 @@ function takeAll(pairs) {
   const shorten = withoutRoot(pairs.map(([path]) => path));
   for (const [path, file] of pairs) take(shorten(path), file);
   show();
+  read();
 }
 
 async function entries(entry, before = "") {
@@ -63,7 +64,7 @@ function show() {
     remove.className = "plain";
     remove.textContent = "Remove";
     remove.setAttribute("aria-label", `Remove ${path}`);
-    remove.addEventListener("click", () => { chosen.delete(path); show(); });
+    remove.addEventListener("click", () => { chosen.delete(path); show(); read(); });
     row.append(name, remove);
     return row;
   }));
@@ -88,11 +89,19 @@ for (const id of ["folder", "files"]) {
 }
 
 const examples = () => form.elements.examples.value.split("\n").map((line) => line.trim()).filter(Boolean);
-form.elements.examples.addEventListener("input", () => {
-  const count = examples().length;
-  const quality = count === 0 ? "low" : count < 5 ? "fair: five or more are better" : "good";
-  document.getElementById("quality").textContent = `Routing quality: ${quality}`;
-});
+
+// What the files say goes to the preview where the form leaves it open.
+async function read() {
+  const config = chosen.get("adapter_config.json");
+  const card = chosen.get("README.md");
+  let base = "";
+  try {
+    if (config && config.size < 1e6) base = JSON.parse(await config.text()).base_model_name_or_path ?? "";
+  } catch { /* The hub says what is wrong with it when it is uploaded. */ }
+  form.elements.detected_base.value = base;
+  form.elements.readme.value = card && card.size < 2e5 ? await card.text() : "";
+  form.elements.readme.dispatchEvent(new Event("input", { bubbles: true }));
+}
 
 // Sending --------------------------------------------------------------------------------------------------------
 
@@ -196,7 +205,7 @@ async function run() {
   }
   const field = (name) => form.elements[name].value.trim();
   const card = {};
-  for (const name of ["description", "instruction", "base_model", "licence"]) if (field(name)) card[name] = field(name);
+  for (const name of ["description", "base_model", "licence"]) if (field(name)) card[name] = field(name);
   if (examples().length) card.examples = examples();
   const compression = {};
   if (field("preset")) compression.preset = field("preset");
