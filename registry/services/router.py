@@ -175,14 +175,16 @@ class Router:
 
         With `vector`, which `embedding_model` made, that one query is asked by vector alone, whatever text is given.
         Raises IndexNotReady when the index does not reach `min_seq` within 2 s, RouterBusy when too many texts wait to
-        be encoded, QueryInvalid for a bad strategy and for a vector that is not one of the encoder in use.
+        be encoded, QueryInvalid for a bad strategy and for a vector of another width or length than the encoder's.
         """
         serving = self._reached(min_seq)
         state = serving.state
         wanted = strategy or DEFAULT_STRATEGY
         vectors: Iterable[NDArray[np.float32] | None] = [None] * len(texts)
         if vector is not None:
-            wanted, vectors = "dense", [state.vector(vector, encoder_id=embedding_model or "")]
+            if embedding_model != state.encoder_id:  # web knows which one is active
+                raise IndexNotReady(f"The encoder {embedding_model} does not answer yet.", retry_after_seconds=1)
+            wanted, vectors = "dense", [state.vector(vector, encoder_id=embedding_model)]
         elif serving.encoder is not None and wanted != "bm25":
             # What is left of web's patience is for the ranking and the way back.
             seconds = 0.8 * settings.HUB_ROUTER_TIMEOUT_SECONDS

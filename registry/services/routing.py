@@ -31,6 +31,7 @@ MAX_NAMED = 64
 
 # Of what the router answers some may be hidden from this caller; three times as many leave enough as a rule.
 _SPARES = 3
+_MAX_RESTARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,10 @@ def route_vector(
 ) -> dict[str, Any]:
     """The experts for a vector that the caller made: what `POST /api/v1/route/vector` answers, as `route` by `dense`.
 
-    Raises QueryInvalid for a vector that the named encoder did not make or that is not of length 1; else as `route`.
+    Raises QueryInvalid for a vector that the active encoder did not make or that is not of length 1; else as `route`.
     """
+    if embedding_model != (active := encoders.active().pk):
+        raise _invalid("The vector is of another encoder.", "/embedding_model", embedding_model, active)
     asked = Asked(
         texts=("",),
         base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
@@ -372,6 +375,7 @@ def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
     limit = _SPARES * asked.top_k
     kept: dict[int, dict[str, Any]] = {}
     open_places = list(range(len(asked.texts)))
+    by, restarts = None, 0
     while True:
         found = router_link.route(
             {
@@ -385,6 +389,14 @@ def _ranked(viewer: Viewer, asked: Asked) -> dict[str, Any]:
                 **({} if asked.vector is None else {"vector": asked.vector, "embedding_model": asked.embedding_model}),
             }
         )
+        if kept and found["embedding_model"] != by:
+            # The encoder changed between two rounds, and no answer holds scores of two.
+            restarts += 1
+            if restarts > _MAX_RESTARTS:
+                raise IndexNotReady("The encoder is being changed.", retry_after_seconds=router_link.RETRY_SECONDS)
+            kept, open_places = {}, list(range(len(asked.texts)))
+            continue
+        by = found["embedding_model"]
         rankings = found["rankings"]
         rows = visible(viewer, asked.base, (hit["revision"] for ranking in rankings for hit in ranking["hits"]))
         for place, ranking in zip(open_places, rankings, strict=True):

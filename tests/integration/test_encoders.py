@@ -8,12 +8,12 @@ from django.core.management import CommandError, call_command
 from django.db import connection
 
 from moerge.embedding.encoder import load
-from registry.errors import Conflict, IndexNotReady, Invalid
+from registry.errors import Conflict, IndexNotReady, Invalid, QueryInvalid
 from registry.models import Embedding, Encoder, Expert, Job, Revision, RoutingSnapshot
 from registry.services import encoder_change, encoders, experts, routing, snapshots
 from registry.services.router import Router
 from tests import encoders as made_encoders
-from tests.integration.routables import database_url, expert, person, published, put, serving, stored, until
+from tests.integration.routables import chance, database_url, expert, person, published, put, serving, stored, until
 
 db = pytest.mark.django_db
 committed = pytest.mark.django_db(transaction=True)
@@ -179,18 +179,59 @@ def test_the_old_encoder_answers_until_the_new_one_is_loaded(small, router, load
         {SMALL: "loading"},
     )
     assert routing.route(viewer=None, text="trips")["embedding_model"] == PACKAGED
+    # Web knows at once which vectors count; the router cannot compare them yet.
+    with pytest.raises(IndexNotReady):
+        ask_by_vector(SMALL, 32)
+    with pytest.raises(QueryInvalid):
+        ask_by_vector(PACKAGED, 384)
     loads[SMALL].set()
     settle(router)
+    assert ask_by_vector(SMALL, 32)["embedding_model"] == SMALL
+    with pytest.raises(QueryInvalid):
+        ask_by_vector(PACKAGED, 384)
     health = router.health()
     assert (health["embedding_model"], health["experts"]) == (SMALL, 2)
     assert "other_encoders" not in health
     assert routing.route(viewer=None, text="trips")["embedding_model"] == SMALL
 
 
+def ask_by_vector(encoder_id: str, dimension: int) -> dict:
+    vector = chance("Books trips.", dimension).tolist()
+    return routing.route_vector(viewer=None, vector=vector, embedding_model=encoder_id, min_score=-1)
+
+
 def put_by(encoder: Encoder, *arguments: str) -> Revision:
     revision = stored(expert(*arguments), encoder)
     routing.publish_to_index(revision)
     return revision
+
+
+@committed
+def test_an_answer_that_takes_two_rounds_is_by_one_encoder_also_when_it_changes_in_between(small, router, monkeypatch):
+    for number in range(3):
+        stored(put(f"ann/e{number}", "common words"), small)
+    settle(router)
+    Encoder.objects.filter(pk=SMALL).update(state=Encoder.State.PREPARING)
+    settle(router)
+    rounds = []
+    real = routing.router_link.route
+
+    def route(body):
+        answer = real(body)
+        rounds.append((answer["embedding_model"], len(body["texts"])))
+        if len(rounds) == 1:
+            # As if all hits of the second text were hidden from this caller.
+            answer["rankings"][1] |= {"hits": [], "exhausted": False}
+            encoder_change.activate(small, embedded_to=0)
+            settle(router)
+        return answer
+
+    monkeypatch.setattr(routing.router_link, "route", route)
+    answer = routing.route(viewer=None, texts=["common", "words"], top_k=1, min_score=-1, strategy="dense")
+    assert rounds[:3] == [(PACKAGED, 2), (SMALL, 1), (SMALL, 2)]
+    assert answer["embedding_model"] == SMALL
+    by_small = routing.route(viewer=None, text="common", top_k=1, min_score=-1, strategy="dense")
+    assert answer["answers"][0]["results"] == by_small["results"]
 
 
 @committed
