@@ -55,6 +55,7 @@ def test_gates_that_fit_are_taken_and_told(ann, way) -> None:
     assert record["has_gates"]
     assert record["facts"]["gates"] == {"method": "phatgoose", "count": 2, "sha256": hf.sha256(tree[GATES])}
     assert ann[1].get(f"/ann/tea/resolve/main/{GATES}").body == tree[GATES]
+    assert b"<dt>Gates</dt><dd>phatgoose, 2 modules</dd>" in ann[1].get("/ann/tea").body
 
 
 def test_an_expert_without_gates_says_so(ann) -> None:

@@ -122,13 +122,16 @@ def test_cosines_of_sketches_estimate_cosines_of_deltas():
 
 
 def test_the_sketch_is_the_count_sketch_of_every_value_one_by_one():
-    deltas = adapter(0, shapes={"m": (6, 5)}, rank=2)
-    rows, columns = fingerprints._hashes("m/out", 6), fingerprints._hashes("m/in", 5)
-    values = deltas["m"].delta().astype(np.float64)
+    deltas = {**adapter(0, shapes={"m": (6, 5)}, rank=2), **adapter(1, shapes={"n": (4, 7)}, rank=2, scaling=3.0)}
     expected = np.zeros(fingerprints.WIDTH)
-    for o in range(6):
-        for j in range(5):
-            expected[(rows[0][o] + columns[0][j]) % fingerprints.WIDTH] += rows[1][o] * columns[1][j] * values[o, j]
+    for module, delta in deltas.items():
+        (n_rows, n_columns), values = delta.shape, delta.delta().astype(np.float64)
+        rows = fingerprints._hashes(f"{module}/out", n_rows)
+        columns = fingerprints._hashes(f"{module}/in", n_columns)
+        for o in range(n_rows):
+            for j in range(n_columns):
+                place = (rows[0][o] + columns[0][j]) % fingerprints.WIDTH
+                expected[place] += rows[1][o] * columns[1][j] * values[o, j]
     np.testing.assert_allclose(fingerprints.of_deltas(deltas).sketch, expected / np.linalg.norm(expected), atol=1e-6)
 
 
