@@ -96,11 +96,12 @@ class Router:
                 scores = scores.repeat_interleave(self._length(tokens, count), dim=0)
             choice = strategy.choose(self._question(len(tokens), precise, scores), settings)
         else:
-            # What was chosen for a prompt holds for all that is generated after it.
-            if not sequence.continues or self._kept is None or len(self._kept.experts) != count:
-                means = _means(precise, counted, count, self._length(tokens, count)) if strategy.kind else None
-                self._kept = strategy.choose(self._question(count, means, self._scores(count)), settings)
             length = self._length(tokens, count)
+            # What the tokens of a prompt have decided holds for all that is generated after it.
+            is_decided = sequence.continues and self._kept is not None and len(self._kept.experts) == count
+            if self._kept is None or strategy.kind is None or not is_decided:
+                means = _means(precise, counted, count, length) if strategy.kind else None
+                self._kept = strategy.choose(self._question(count, means, self._scores(count)), settings)
             choice = Choice(*(one.repeat_interleave(length, dim=0) for one in (self._kept.experts, self._kept.weights)))
         self._count(choice, counted, tuple(given.shape[:-1]))
         return choice

@@ -299,6 +299,18 @@ def test_smear_keeps_the_prompts_choice_while_it_writes(folders):
     assert not torch.equal(prompt[0, 0], prompt[1, 0])
 
 
+def test_another_expert_can_be_chosen_in_the_middle_of_a_text(folders):
+    routed = RoutedModel.from_folders(reference.llama(), folders, strategy="top1", expert="e0")
+    start = routed(ids(2, 4), use_cache=True)
+    routed.choose("e1")
+    mask = torch.tensor([[1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]])
+    with routed.watching() as seen:
+        routed(ids(2, 2), attention_mask=mask, past_key_values=start.past_key_values)
+    assert seen["model.layers.0.self_attn.q_proj"][0].tolist() == [[[0, 1, 0]] * 2] * 2
+    # Eight tokens at first; of the four that followed one is padding, as the end of the mask tells.
+    assert routed._routers["model.layers.0.self_attn.q_proj"].used.tolist() == [8, 3, 0]
+
+
 def test_a_compressed_expert_acts_as_it_does_decoded(tmp_path, folders):
     whole, small, decoded = tmp_path / "whole", tmp_path / "small", tmp_path / "decoded"
     tiny_peft.saved(whole, LoraConfig(r=64, target_modules=["q_proj"]), base=reference.llama)
