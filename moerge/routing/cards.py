@@ -54,13 +54,9 @@ def used_examples(card: Card) -> tuple[str, ...]:
 
 
 def texts(card: Card) -> tuple[str, ...]:
-    """The texts to encode: first `name. description`, then one per used example, last the instruction if there is one.
-
-    Names of repositories write words with hyphens, which an encoder reads as signs of their own, so the name is
-    given in plain words.
-    """
-    named = f"{_NAME_SEPARATORS.sub(' ', card.name)}. {card.description}".strip()
-    return (named, *used_examples(card), *((card.instruction,) if has_instruction(card) else ()))
+    """The texts to encode: `name. description`, then one per used example, last the instruction if there is one."""
+    described = f"{_plain_name(card)}. {card.description}".strip()
+    return (described, *used_examples(card), *((card.instruction,) if has_instruction(card) else ()))
 
 
 def has_instruction(card: Card) -> bool:
@@ -70,7 +66,12 @@ def has_instruction(card: Card) -> bool:
 
 def document(card: Card) -> str:
     """The text that BM25 reads: name, description and examples, whole and uncut; not the instruction."""
-    return "\n".join((card.name, card.description, *used_examples(card)))
+    return "\n".join((_plain_name(card), card.description, *used_examples(card)))
+
+
+def _plain_name(card: Card) -> str:
+    """Names of repositories write words with hyphens, which encoder and BM25 read as signs of their own."""
+    return _NAME_SEPARATORS.sub(" ", card.name)
 
 
 def digest(card: Card) -> str:

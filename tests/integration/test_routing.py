@@ -2,6 +2,10 @@
 
 import pytest
 
+from benchmarks import routing as benchmark
+from moerge.routing import catalogue
+from moerge.routing.base import Query
+from moerge.routing.state import State
 from registry.errors import BaseUnknown, IndexNotReady, QueryInvalid, TooLarge
 from registry.models import Expert, Revision
 from registry.services import encoders, routing
@@ -52,6 +56,38 @@ def test_an_answer_names_the_right_expert_first_with_all_its_parts(experts, enco
         "index_seq": 4,
         "embedding_model": encoder.id,
     }
+
+
+def test_uploaded_cards_are_ranked_as_the_benchmark_ranks_them(router, encoder):
+    records = [
+        {"name": "bank help", "description": "Questions on money.", "examples": ["my card was declined", "what is my balance?"]},
+        {"name": "yes-no_answers", "description": "Say yes or no.", "examples": ["Premise: it rains. Hypothesis: it is dry. Yes or no?"]},
+        {"name": "nli choices", "description": "Choose.", "examples": ["Premise: he sleeps. Choices: (a) yes (b) no"], "categories": ["nli"]},
+        {"name": "travel", "description": "", "examples": ["book a flight to Rome", "find me a hotel", "is my train late?"]},
+        {"name": "only words", "description": "Answers questions about trains: yes or no.", "examples": []},
+        {"name": "kitchen", "description": "Helps to cook.", "examples": ["how long do I boil an egg?"], "domains": ["food"]},
+    ]  # fmt: skip
+    made = [benchmark.card_of({"id": f"ann/{row['name'].replace(' ', '-')}", **row}) for row in records]
+    state = State(encoder_id=encoder.id, dimension=384).changed(seq=1, put=benchmark.entries(made, encoder.encode))
+    for card in made:
+        published(card.expert, card.description, *card.examples, tags=card.tags)
+    router.refresh()
+    queries = [
+        "Premise: a dog runs. Hypothesis: it moves. Yes or no?",
+        "is my train to Oslo late?",
+        "boil rice",
+        "balance?",
+    ]
+    for strategy in catalogue():
+        for text, vector in zip(queries, encoder.encode(queries), strict=True):
+            query = Query(text=text, vector=None if strategy == "bm25" else vector)
+            wanted = state.rank(query, strategy=strategy, limit=10).hits
+            met = routing.route(viewer=None, text=text, base_model="base/one", strategy=strategy, min_score=0)[
+                "results"
+            ]
+            assert [hit["expert"] for hit in met] == [hit.expert for hit in wanted]
+            assert [hit["score"] for hit in met] == pytest.approx([hit.score for hit in wanted], abs=1e-4)
+            assert [hit["confidence"] for hit in met] == [hit.confidence for hit in wanted]
 
 
 def test_explain_tells_the_matched_example(experts):

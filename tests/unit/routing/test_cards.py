@@ -22,6 +22,12 @@ def test_terms_are_words_marks_and_pairs_of_neighbours():
     assert cards.tokens(" \n") == []
 
 
+def test_a_name_is_read_in_plain_words_however_its_words_are_joined():
+    names = ("bank help desk", "bank-help_desk", "bank.help--desk")
+    assert {cards.document(card(name=name)) for name in names} == {cards.document(card(name=names[0]))}
+    assert {cards.texts(card(name=name)) for name in names} == {("bank help desk.",)}
+
+
 def test_what_no_index_can_store_is_no_term():
     assert cards.tokens("a\ud83d\0\x07b") == ["a", "b", "a b"]
 

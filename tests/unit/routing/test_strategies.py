@@ -17,7 +17,7 @@ CANDIDATES = Candidates(
     s_ins=np.array([0.4, 0.6, -0.1]),
     bm25=np.array([15.0, 180.0, 20.0]),
     matched=np.array([1, -1, 0]),
-    tag_cosines=np.array([0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.24, 0.2, 0.16, -0.1]),
+    tag_cosines=np.array([0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.24, 0.2, 0.16, 0.1]),
     tagged=np.array([[0, 0], [0, 1], [1, 9]]),
 )
 # D = .6 * .9 + .2 * .5 + .2 * .3 = .70, .06 + .14 + .04 = .24 and .24 + .04 + .02 = .30; b / (b + 60) = .2, .75, .25.
@@ -106,6 +106,22 @@ def test_a_tag_near_the_query_lifts_an_expert_over_its_equal(name):
     )
     first, second = routing.catalogue()[name].score(QUERY, twins)
     assert second > first
+
+
+def test_the_eighth_category_is_looked_into_and_the_ninth_is_not():
+    twins = Candidates(
+        experts=("o/a", "o/b", "o/c", "o/d"),
+        **{part: np.full(4, 0.4) for part in ("s_ex", "s_desc", "s_ins")},
+        s_cen=np.array([0.4, 0.4, 0.61, 0.59]),
+        bm25=np.zeros(4),
+        matched=np.zeros(4, dtype=np.int64),
+        tag_cosines=np.array([0.5, 0.6, 0.7, 0.8, 0.9, 0.91, 0.92, 0.93, 0.94]),
+        tagged=np.array([[0, 1], [1, 0]]),
+    )
+    met = routing.catalogue()["two_stage"].score(QUERY, twins)
+    full = 0.5 * (0.8 * 0.4 + 0.2 * twins.s_cen)
+    # Seven tags are nearer than tag 1 and than .61, eight than tag 0 and than .59.
+    assert met == pytest.approx(full * np.array([1, 0.5, 1, 0.5]), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", NEED_TAGS)
