@@ -134,11 +134,9 @@ def state(revision: Revision) -> dict[str, str]:
         return {"state": "none", "reason": row.facts.get("reason", "")}
     if row is not None and job is not None and job.state in Job.PASSED:
         return {"state": "ready", "reason": ""}
-    broken = Job.objects.filter(
-        revision=revision, kind__in=[JobKind.PROTOTYPES, JobKind.NEIGHBOURS], state=Job.State.FAILED
-    )
-    if revision.state == Revision.State.INCOMPLETE or broken.exists():
-        return {"state": "none", "reason": "The weights could not be measured."}
+    waiting = Job.objects.filter(revision=revision, kind__in=[JobKind.PROTOTYPES, JobKind.NEIGHBOURS])
+    if revision.state != Revision.State.PROCESSING and not waiting.exclude(state__in=Job.FINISHED).exists():
+        return {"state": "none", "reason": "The weights were not measured."}
     return {"state": "pending", "reason": ""}
 
 

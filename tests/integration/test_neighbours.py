@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+from registry import jobs
 from registry.models import BaseAlias, BaseModel, Blob, Fingerprint, Job, Neighbour, Revision
 from registry.services import cleaning, experts
 from tests import tiny
@@ -241,7 +242,13 @@ def test_kinds_without_a_matrix_say_why_they_have_no_neighbours(ann) -> None:
 
 
 def test_the_state_tells_whether_the_weights_were_measured(ann) -> None:
-    first = ready(ann[0], "tea", FIRST)
+    first = hf.expert(ann[0], "tea", FIRST)
+    assert ann[1].get("/api/v1/experts/ann/tea/neighbours").json()["state"] == "pending"
+    # Of before there were fingerprints.
+    Revision.objects.update(state=Revision.State.READY)
+    answer = ann[1].get("/api/v1/experts/ann/tea/neighbours").json()
+    assert (answer["state"], answer["reason"]) == ("none", "The weights were not measured.")
+    jobs.enqueue_fingerprint(Revision.objects.get(expert=first))
     assert ann[1].get("/api/v1/experts/ann/tea/neighbours").json()["state"] == "pending"
     measure(first)
     assert ann[1].get("/api/v1/experts/ann/tea/neighbours").json()["state"] == "ready"
