@@ -6,6 +6,7 @@ through `moerge.runtime` where every token is routed. The oracle knows which exp
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from examples.token_routing import base, experts, tasks
 from moerge.embedding import encoder
+from moerge.embedding.encoder import Encoder
 from moerge.merging import recipe, run
 from moerge.routing.base import Query
 from moerge.routing.cards import entry, texts
@@ -75,20 +77,21 @@ def together(place: Place) -> Any:
     return model.eval()
 
 
-def routed(place: Place, strategy: str) -> RoutedModel:
-    """The library's routed model with its own defaults: the best two experts of each token."""
-    return RoutedModel.from_folders(base.load(place.base), place.experts, strategy=strategy)
+def routed(place: Place, strategy: str, **settings: Any) -> RoutedModel:
+    """The library's routed model, by default with the best two experts of each token."""
+    return RoutedModel.from_folders(base.load(place.base), place.experts, strategy=strategy, **settings)
 
 
 class Retrieval:
     """The hub's ranking over the experts' cards, with the packaged encoder."""
 
-    def __init__(self) -> None:
-        self._encoder = encoder.load()
+    @cached_property
+    def _loaded(self) -> tuple[Encoder, State]:
+        # Loading takes seconds, and where all results are there nothing is asked.
+        loaded = encoder.load()
         cards = [experts.card(task, number=number) for number, task in enumerate(tasks.EXPERTS, start=1)]
-        entries = [entry(card, self._encoder.encode(texts(card))) for card in cards]
-        fresh = State(encoder_id=self._encoder.id, dimension=self._encoder.dimension)
-        self._state = fresh.changed(seq=1, put=entries)
+        entries = [entry(card, loaded.encode(texts(card))) for card in cards]
+        return loaded, State(encoder_id=loaded.id, dimension=loaded.dimension).changed(seq=1, put=entries)
 
     def best(self, items: Sequence[tasks.Item]) -> list[str]:
         """The expert that the default strategy puts first, for each input."""
@@ -99,9 +102,10 @@ class Retrieval:
         return [{_name(hit): hit.parts["s_desc"] for hit in ranking.hits} for ranking in self._rankings(items)]
 
     def _rankings(self, items: Sequence[tasks.Item]) -> list[Ranking]:
-        vectors = self._encoder.encode([item.text for item in items])
+        loaded, state = self._loaded
+        vectors = loaded.encode([item.text for item in items])
         return [
-            self._state.rank(Query(text=item.text, vector=vector), base_model=base.NAME)
+            state.rank(Query(text=item.text, vector=vector), base_model=base.NAME)
             for item, vector in zip(items, vectors, strict=True)
         ]
 

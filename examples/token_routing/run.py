@@ -1,6 +1,6 @@
 """Routing per token against its rivals: trains a tiny base and six experts from scratch and measures all methods.
 
-    python examples/token_routing/run.py --out DIR             three seeds; about 25 minutes of one CPU core
+    python examples/token_routing/run.py --out DIR             three seeds; about 20 minutes of one CPU core
     python examples/token_routing/run.py --out DIR --quick     a minute, to see that it runs; figures mean nothing
     python examples/token_routing/run.py --out DIR --only 2    one seed alone, for instance beside another process
 
@@ -125,8 +125,8 @@ def rows(place: methods.Place, out: Path, retrieval: methods.Retrieval) -> dict[
         model = methods.with_adapter(place, folder)
         return lambda items: methods.answers(model, tokens, items)
 
-    def routed(strategy: str) -> Any:
-        model = methods.routed(place, strategy)
+    def routed(strategy: str, **settings: Any) -> Any:
+        model = methods.routed(place, strategy, **settings)
 
         def answer(items: Sequence[tasks.Item]) -> methods.Answers:
             if strategy == "glider":

@@ -173,8 +173,9 @@ ASKED = (
         _noun,
     ),
 )
-# There is no expert of the two others.
-EXPERTS = tuple(task for task in ASKED if task.name not in {"alphabetical", "alternate"})
+# The base never wrote a capital or a French word, which experts as small as these did not learn in the time there is:
+# `capitals` had a loss of 1.9 after 400 steps where others have .02 to .1.
+EXPERTS = tuple(task for task in ASKED if task.name not in {"capitals", "french"})
 GENERAL = (
     Task("copy", "", ("repeat exactly", "copy this"), lambda word: word, _letters),
     Task("first", "", ("give first letter", "initial letter"), lambda word: word[0], _letters),
@@ -202,9 +203,9 @@ TASKS = MappingProxyType({task.name: task for task in (*ASKED, *GENERAL)})
 # Two halves of one input for two experts; `mixed` draws any two.
 COMPOSITIONS = MappingProxyType(
     {
-        "reverse + capitals": ("reverse", "capitals"),
-        "french + vowels": ("french", "vowels"),
-        "plural + following": ("plural", "following"),
+        "reverse + following": ("reverse", "following"),
+        "alternate + plural": ("alternate", "plural"),
+        "alphabetical + following": ("alphabetical", "following"),
         "mixed": None,
     }
 )
