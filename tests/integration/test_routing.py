@@ -1,5 +1,8 @@
 """Routing a query: what the router ranks, and what of it each caller may see."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from benchmarks import routing as benchmark
@@ -8,7 +11,7 @@ from moerge.routing.base import Query
 from moerge.routing.state import State
 from registry.errors import BaseUnknown, IndexNotReady, QueryInvalid, TooLarge
 from registry.models import Expert, Revision
-from registry.services import encoders, routing
+from registry.services import encoders, router_link, routing
 from registry.services.router import Router
 from tests.integration.routables import base_model, expert, person, published, serving, still_loading
 
@@ -456,3 +459,23 @@ def test_an_expert_that_is_not_published_is_not_routable(experts, router):
     router.refresh()
     answer = routing.route(viewer=None, text="book a flight to Rome", base_model="base/one", min_score=0)
     assert "ann/later" not in names(answer)
+
+
+def test_too_many_texts_are_refused_at_once_through_both_doors_and_the_others_answered(
+    router, encoder, client, settings
+):
+    """The encoder is held, so at least one of two texts waits, and no more may."""
+    router.refresh()
+    settings.HUB_ROUTER_TIMEOUT_SECONDS = 120
+    router._queue._max_waiting_texts = router._queue._queries.texts_at_once = 1
+    body = {"texts": ["never asked before", "nor this one"], "limit": 3}
+    with ThreadPoolExecutor(1) as pool:
+        with encoder._model_lock:
+            caller = pool.submit(router_link.route, body)
+            while not router._queue._queries.count():
+                assert not caller.done()
+                time.sleep(0.001)
+            answer = client.post("/api/v1/route", {"text": "one too many"}, content_type="application/json")
+        assert caller.result()["embedding_model"] == encoder.id
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert answer.json()["code"] == "router-busy"

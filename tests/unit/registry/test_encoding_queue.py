@@ -210,6 +210,8 @@ def test_a_failure_reaches_those_who_caused_it_and_nobody_else(hall):
     with pytest.raises(RuntimeError, match="the model broke"):
         callers[1].result()
     assert callers[2].result() == pytest.approx(expected(["b"]), abs=1e-6)
+    # What was left of the broken request did not go on.
+    assert ["b"] in hall.model.steps
     assert hall.encode(["after it"]) == pytest.approx(expected(["after it"]), abs=1e-6)
 
 
