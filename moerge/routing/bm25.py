@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from moerge.routing.ragged import Strings, ranges
 
 K1 = 1.2
 B = 0.75
+
+# How many postings are counted at once: what that takes stays in the processor's cache, and a long query in memory.
+_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,11 +133,13 @@ class Corpus:
         A word that the query repeats counts once.
         """
         words = tuple(dict.fromkeys(cards.tokens(text)))
-        terms, documents, frequencies = self._postings(words)
-        counted = terms[~self._masked[documents]] if self._any_masked else terms
-        weights = self.idf(np.bincount(counted, minlength=len(words)))
-        gains = weights[terms] * (frequencies * (K1 + 1) / (frequencies + self._norms[documents]))
-        scores = np.bincount(documents, weights=gains, minlength=len(self._norms)).astype(np.float64)
+        found = [part.words.postings(words) for part in self._parts]
+        scores = np.zeros(len(self._norms))
+        if words and found:
+            sizes = np.sum([[place.stop - place.start for place in own] for own in found], axis=0)
+            _, firsts = np.unique(np.cumsum(sizes) // _AT_ONCE, return_index=True)
+            for first, last in pairwise([*firsts.tolist(), len(words)]):
+                scores += self._gains([own[first:last] for own in found])
         scores[self._masked] = 0.0
         return scores
 
@@ -141,15 +147,16 @@ class Corpus:
         """Weight of terms that so many documents contain: (terms,) -> (terms,)."""
         return np.log1p((self.document_count - containing + 0.5) / (containing + 0.5))
 
-    def _postings(self, words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-        """All postings of some words: place of the word, number of the document, how often it has the word."""
-        terms, documents, frequencies, offset = [], [], [np.zeros(0, dtype=np.int32)], 0
-        for part in self._parts:
-            found = part.words.postings(words)
-            frequencies += [part.words.frequencies[place] for place in found]
-            own = np.concatenate([np.zeros(0, dtype=np.int64), *(part.words.slots[place] for place in found)])
-            documents.append(own + offset)
-            terms.append(np.repeat(np.arange(len(words)), [place.stop - place.start for place in found]))
+    def _gains(self, found: Sequence[Sequence[slice]]) -> NDArray[np.float64]:
+        """What some words add to the score of every document, given as their postings in each part: (documents,)."""
+        terms, documents, frequencies, offset = [], [], [], 0
+        for part, places in zip(self._parts, found, strict=True):
+            terms.append(np.repeat(np.arange(len(places)), [place.stop - place.start for place in places]))
+            documents.append(np.concatenate([part.words.slots[place] for place in places]).astype(np.int64) + offset)
+            frequencies += [part.words.frequencies[place] for place in places]
             offset += len(part.words.lengths)
-        nothing = np.zeros(0, dtype=np.int64)
-        return np.concatenate([nothing, *terms]), np.concatenate([nothing, *documents]), np.concatenate(frequencies)
+        term, document, frequency = np.concatenate(terms), np.concatenate(documents), np.concatenate(frequencies)
+        counted = term[~self._masked[document]] if self._any_masked else term
+        weights = self.idf(np.bincount(counted, minlength=len(found[0])))
+        gains = weights[term] * (frequency * (K1 + 1) / (frequency + self._norms[document]))
+        return np.bincount(document, weights=gains, minlength=len(self._norms)).astype(np.float64)

@@ -299,25 +299,13 @@ def _near(
         scores, rows = part.vectors.search(vector, asked)
         slots = part.slots_of(rows)
         kept = passing[slots]
-        if len(rows) == len(part.vectors) or _enough(scores, slots, kept, wanted, exact=part.vectors.exact):
+        if len(rows) == len(part.vectors) or len(np.unique(slots[kept])) >= wanted:
+            # Of equal rows faiss gives the first ones, which belong to the smallest ids.
             return scores[kept], slots[kept]
         if not part.vectors.exact and (len(rows) < asked or asked >= _MOST_ROWS):
             rows = part.rows_of(np.flatnonzero(passing))
             return part.vectors.scores(vector, rows), part.slots_of(rows)
         asked *= 4
-
-
-def _enough(
-    scores: NDArray[np.float32], slots: NDArray[np.int64], kept: NDArray[np.bool_], wanted: int, *, exact: bool
-) -> bool:
-    """Whether the rows found, best first, belong to enough experts; of an exact search also none with an equal score
-    may be missing, so that ties are broken among all of them.
-    """
-    _, first = np.unique(slots[kept], return_index=True)
-    if len(first) < wanted:
-        return False
-    edge = scores[kept][np.sort(first)[wanted - 1]]
-    return not exact or bool(np.round(scores[-1], _DIGITS) < np.round(edge, _DIGITS))
 
 
 def _cosines(part: Segment, vector: NDArray[np.float32], slots: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -94,6 +94,13 @@ def test_documents_are_numbered_by_the_order_asked_for_and_not_as_they_came():
     assert made.scores("flight") == pytest.approx(index("salt", "flight", "flight flight").scores("flight"))
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_a_query_of_many_postings_is_counted_piece_by_piece(at_once, monkeypatch):
+    monkeypatch.setattr(bm25, "_AT_ONCE", at_once)
+    documents = ["a b c", "b c d e", "c d", "f", "a f b"]
+    assert index(*documents).scores("a b c d e f zzz") == pytest.approx(plain(documents, "a b c d e f"), abs=1e-9)
+
+
 def test_terms_of_one_hash_are_told_apart(monkeypatch):
     monkeypatch.setattr(bm25, "_keys", lambda terms: np.array([len(term) for term in terms], dtype=np.uint64))
     documents = ["book flight", "flight", "hotel oven", ""]

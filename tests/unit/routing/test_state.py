@@ -151,6 +151,19 @@ def test_a_tag_that_nobody_carries_any_more_is_gone():
     assert (len(left.tag_cosines), left.tagged.tolist()) == (1, [[0, 0]])
 
 
+def test_a_tag_loses_what_experts_gave_it_that_left_or_changed():
+    vectors = {name: [unit(*np.eye(4)[place])] for place, name in enumerate("abcd")}
+    first = [entry(f"o/{name}", tags=("cook", name), vectors=vectors[name]) for name in "abc"]
+    changed = entry("o/b", tags=("cook", "new"), vectors=vectors["d"])
+    grown = snapshot(*first).changed(seq=2, removed={"o/a"}, put=[changed])
+    query = Query(text="q", vector=unit(1, 2, 3, 4))
+    made = grown.partitions["base/a"].find(query, with_tags=True).candidates
+    # Tags in order: c (o/c alone), cook (the mean of the third and the fourth axis), new (o/b alone).
+    length = math.sqrt(30)
+    assert made.tag_cosines == pytest.approx([3 / length, 7 / length / math.sqrt(2), 4 / length], abs=1e-3)
+    assert made.tagged.tolist() == [[0, 1], [0, 2], [1, 0], [1, 1]]
+
+
 def test_equal_scores_are_ordered_by_expert_id():
     twins = [entry(f"o/{name}", examples=("x",), vectors=[unit(1, 1), unit(1, 2)]) for name in "dbeac"]
     filler = crowd(20, seed=5)
@@ -361,10 +374,13 @@ def test_where_a_search_finds_too_few_that_pass_all_of_them_are_compared():
 
 
 def test_more_equal_experts_than_candidates_are_still_ordered_by_id():
-    twins = [entry(f"o/{number:03d}", vectors=[unit(1, 1)]) for number in range(120)]
-    made = snapshot(*twins[1:100]).changed(seq=2, put=[twins[0], *twins[100:]], removed=["o/003"])
-    hits = made.rank(Query(text="zzz", vector=unit(1, 1)), limit=4).hits
-    assert [hit.expert for hit in hits] == ["o/000", "o/001", "o/002", "o/004"]
+    twins = [entry(f"o/{number:03d}", vectors=[unit(1, 1)]) for number in range(400)]
+    rng = np.random.default_rng(0)
+    first, later = (rng.permutation(np.array(some, dtype=object)) for some in (twins[1:300], [twins[0], *twins[300:]]))
+    made = snapshot(*first).changed(seq=2, put=later, removed=["o/003"])
+    for words in ("zzz", "name"):
+        hits = made.rank(Query(text=words, vector=unit(1, 1)), limit=4).hits
+        assert [hit.expert for hit in hits] == ["o/000", "o/001", "o/002", "o/004"]
 
 
 def test_two_states_on_one_segment_do_not_disturb_each_other():
