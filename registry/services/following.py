@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
 from moerge.errors import IndexInvalid
 from moerge.routing import snapshots
@@ -40,10 +40,10 @@ class Follower:
             "thresholds": encoder.thresholds,
         }
         self._wake = wake
-        self._snapshot_seq: int | None = None
+        self._snapshot: RoutingSnapshot | None = None
         self._refused: tuple[int, str] | None = None
         self._opening: threading.Thread | None = None
-        self._opened: tuple[int, Mapping[str, Segment]] | None = None
+        self._opened: tuple[RoutingSnapshot, Mapping[str, Segment]] | None = None
         self._tried: set[tuple[int, str]] = set()
         self._is_absence_told = False
 
@@ -55,7 +55,7 @@ class Follower:
             "index": "loading" if state is None else "ready",
             "index_seq": None if state is None else state.seq,
             "experts": 0 if state is None else len(state),
-            "snapshot_seq": self._snapshot_seq,
+            "snapshot_seq": self._snapshot.seq if self._snapshot else None,
             **({"snapshot_trouble": f"Snapshot {refused[0]} was passed by: {refused[1]}"} if refused else {}),
         }
 
@@ -63,8 +63,11 @@ class Follower:
         """Begin to open the latest snapshot that is later than what there is, unless it was tried before."""
         if self._opening is not None and self._opening.is_alive():
             return
-        known = self._opened[0] if self._opened else -1 if self._snapshot_seq is None else self._snapshot_seq
-        rows = RoutingSnapshot.objects.filter(encoder=self.encoder.pk, seq__gt=known).order_by("-seq")
+        rows = RoutingSnapshot.objects.filter(encoder=self.encoder.pk).order_by("-seq", "-pk")
+        known = self._opened[0] if self._opened else self._snapshot
+        if known is not None:
+            # One that was built anew at the same number takes the place of the one that was not good.
+            rows = rows.filter(Q(seq__gt=known.seq) | Q(seq=known.seq, pk__gt=known.pk))
         row = next((row for row in rows if (row.pk, row.digest) not in self._tried), None)
         if row is not None:
             self._tried.add((row.pk, row.digest))
@@ -74,7 +77,7 @@ class Follower:
     def follow(self, clock: int) -> None:
         """Bring the state up to the clock, which was read before, so that every change up to it is there to be read."""
         if self.state is not None and clock < self.state.seq:  # the database was set back to an older one
-            self.state, self._snapshot_seq, self._opened = None, None, None
+            self.state, self._snapshot, self._opened = None, None, None
             self._tried.clear()
             self._refused = None
         self.look()
@@ -82,21 +85,18 @@ class Follower:
         is_opening = self._opening is not None and self._opening.is_alive()
         opened, self._opened = self._opened, None
         state = State(**self._facts) if self.state is None else self.state
-        if opened is not None and opened[0] <= clock:
-            self._snapshot_seq, segments = opened
-            state = State.based_on(segments, seq=self._snapshot_seq, **self._facts)
+        if opened is not None and opened[0].seq <= clock:
+            self._snapshot, segments = opened
+            state = State.based_on(segments, seq=self._snapshot.seq, **self._facts)
         elif (self.state is not None and state.seq == clock) or (is_opening and _is_far(state.seq, clock)):
             return
         self.state = _replayed(state, clock, self.encoder)
-        log.info(
-            "The routing index is at a new state.",
-            extra={"index.seq": clock, "index.experts": len(self.state), "index.snapshot_seq": self._snapshot_seq},
-        )
+        log.info("The routing index is at a new state.", extra={"index.seq": clock, "index.experts": len(self.state)})
 
     def _open(self, row: RoutingSnapshot) -> None:
         folder = Path(settings.HUB_HOME) / row.folder
         try:
-            self._opened = row.seq, snapshots.open(folder, row.digest, encoder_id=row.encoder).segments
+            self._opened = row, snapshots.open(folder, row.digest, encoder_id=row.encoder).segments
             if self._refused is not None and self._refused[0] <= row.seq:
                 self._refused = None
         except (IndexInvalid, OSError) as error:

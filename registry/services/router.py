@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 WAIT_SECONDS = 2.0
+# After how long an encoder that did not load is tried again.
+RELOAD_SECONDS = 60.0
 # Workers wait longer than web, because queries go first.
 _CARD_SECONDS = 60.0
 
@@ -69,6 +71,11 @@ class Line:
         self.trouble = ""
         self._load = load
         self._wake = wake
+        self.load()
+
+    def load(self) -> None:
+        """Begin to load the encoder; again some time after that failed, for somebody may have put its folder right."""
+        self.began_at = time.monotonic()
         self.loader = threading.Thread(target=self._load_encoder, daemon=True, name="encoder")
         self.loader.start()
 
@@ -84,6 +91,7 @@ class Line:
             self.trouble = str(error)
             log.exception("The encoder did not load.", extra=facts)
         else:
+            self.trouble = ""
             seconds = round(time.monotonic() - started, 1)
             log.info("The encoder is ready.", extra={**facts, "encoder.load_seconds": seconds})
         self._wake()
@@ -263,6 +271,8 @@ class Router:
         if known is None:
             known = Line(row, load=self._load, wake=self._wake.set)
             self._lines = {**self._lines, row.pk: known}
+        elif known.encoder_state() == "failed" and time.monotonic() - known.began_at > RELOAD_SECONDS:
+            known.load()
         return known
 
     def _settle(self) -> None:

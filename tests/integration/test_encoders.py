@@ -253,6 +253,13 @@ def test_an_encoder_that_does_not_load_leaves_the_old_one_answering_and_is_told(
     )
     answer = routing.route(viewer=None, text="trips", strategy="bm25")
     assert [result["expert"] for result in answer["results"]] == ["ann/a"]
+    # Somebody puts the folder right.
+    monkeypatch.undo()
+    router.line(small)._load = router._load
+    monkeypatch.setattr("registry.services.router.RELOAD_SECONDS", 0)
+    settle(router)
+    health = router.health()
+    assert (health["embedding_model"], "trouble" in health, "other_encoders" in health) == (SMALL, False, False)
 
 
 @committed
@@ -371,6 +378,18 @@ def waiting() -> int:
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )
         return rows.fetchone()[0]
+
+
+@committed
+def test_no_snapshot_is_built_by_an_encoder_that_answers_no_more(small, settings, tmp_path):
+    settings.HUB_HOME = tmp_path
+    put("ann/a", "x")
+    job = snapshots.ask(is_due=True)
+    Encoder.objects.filter(pk=SMALL).update(state=Encoder.State.PREPARING)
+    stored(Revision.objects.get(), small)
+    encoder_change.activate(small, embedded_to=0)
+    assert run(job).state == Job.State.NOT_APPLICABLE
+    assert run(snapshots.ask(is_due=True)).result["encoder"] == SMALL
 
 
 @committed

@@ -16,7 +16,7 @@ from registry.jobs import JobKind
 from registry.models import Embedding, Expert, Job, RoutingChange, RoutingClock, RoutingSnapshot
 from registry.services import encoders, entries, following, routing, snapshots
 from registry.services.following import Follower
-from tests.integration.routables import chance, put, reworded, until
+from tests.integration.routables import chance, put, reworded, stored, until
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -169,6 +169,20 @@ def test_a_snapshot_that_was_passed_by_is_tried_again_only_when_it_changed(home,
     settle(made)
     assert again.pk != row.pk
     assert made.figures() == {"index": "ready", "index_seq": 1, "experts": 1, "snapshot_seq": 1}
+
+
+def test_a_snapshot_that_was_built_anew_at_the_same_number_takes_the_place_of_the_first():
+    revision = put("ann/a", "x")
+    put("ann/b", "y")
+    Embedding.objects.filter(revision=revision).delete()
+    row = build()
+    made = follower()
+    assert known(made).keys() == {"ann/b"}
+    stored(revision)
+    snapshots.forget(row)
+    assert build().seq == made.figures()["snapshot_seq"] == 2
+    settle(made)
+    assert known(made).keys() == {"ann/a", "ann/b"}
 
 
 def test_when_the_latest_snapshot_is_damaged_the_one_before_it_is_used(home):

@@ -4,7 +4,7 @@ from typing import Any
 
 from registry.errors import IndexNotReady
 from registry.services import encoder_change, encoders, snapshots
-from workers.runner import Work
+from workers.runner import NotApplicable, Work
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -18,6 +18,8 @@ def run(work: Work) -> dict[str, Any]:
         # What was published since the job before this one found all cards embedded.
         for _ in encoder_change.embed_missing(encoder):
             work.progress(0.0)
+    elif encoder != encoders.active():
+        raise NotApplicable("Another encoder answers now.")
     row = snapshots.build(encoder)
     result = {"encoder": encoder.pk, "index_seq": row.seq, **row.counts}
     if not is_change:
