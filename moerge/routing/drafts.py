@@ -11,7 +11,7 @@ from moerge.routing import cards
 from moerge.routing.base import Query
 from moerge.routing.cards import Card, Entry
 from moerge.routing.partition import DEPTH, Partition
-from moerge.routing.state import DEFAULT_STRATEGY, DIGITS
+from moerge.routing.state import DEFAULT_STRATEGY, DIGITS, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,12 @@ class Standing:
     rivals: tuple[Rival, ...]
 
 
-def standing(part: Partition, draft: Entry, query: Query, *, depth: int = DEPTH) -> Standing:
-    """Where a draft stands by the default strategy, as if it were one more expert of this partition.
+def standing(state: State, draft: Entry, query: Query, *, depth: int = DEPTH) -> Standing:
+    """Where a draft stands by the default strategy, as if it were one more expert of its base model.
 
     An expert of the draft's id is not there: the draft replaces it.
     """
+    part = state.partitions.get(draft.card.base_model) or Partition(dimension=state.dimension)
     part = part.changed(removed={draft.card.expert})
     chosen = routing.catalogue()[DEFAULT_STRATEGY]
     words = part.corpus.beside(draft.counts).scores(query.text)
@@ -51,7 +52,7 @@ def standing(part: Partition, draft: Entry, query: Query, *, depth: int = DEPTH)
     order = np.argsort(-scores, kind="stable")
     return Standing(
         score=float(score),
-        min_score=chosen.SPEC.threshold(len(part) + 1),
+        min_score=state.spec(chosen.SPEC).threshold(len(part) + 1),
         rivals=tuple(
             Rival(
                 expert=found.candidates.experts[place],

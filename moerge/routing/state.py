@@ -122,6 +122,11 @@ class State:
                 partitions[name] = new
         return replace(self, seq=seq, partitions=partitions)
 
+    def spec(self, spec: Spec) -> Spec:
+        """A strategy's SPEC with the thresholds that hold for this encoder."""
+        changed: dict[str, Any] = dict(self.thresholds.get(spec.name, {}))
+        return replace(spec, **changed)
+
     def vector(self, values: Sequence[float], *, encoder_id: str) -> NDArray[np.float32]:
         """A query vector that somebody else made: (d,) values of length 1, give or take a thousandth, as float32.
 
@@ -169,7 +174,7 @@ class State:
         chosen = members[strategy]
         if chosen.SPEC.needs_vector and query.vector is None:
             chosen = members["bm25"]
-        spec = replace(chosen.SPEC, **self.thresholds.get(chosen.SPEC.name, {}))
+        spec = self.spec(chosen.SPEC)
         if base_model is None:
             parts = self.partitions
         else:

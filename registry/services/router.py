@@ -21,7 +21,7 @@ from moerge import embedding
 from moerge.errors import EncoderInvalid, MoergeError
 from moerge.routing import cards, drafts
 from moerge.routing.base import Query
-from moerge.routing.partition import DEPTH, Partition
+from moerge.routing.partition import DEPTH
 from moerge.routing.state import DEFAULT_STRATEGY, Hit, State
 from registry import models
 from registry.errors import IndexNotReady
@@ -239,9 +239,8 @@ class Router:
         asked = vectors[1 : 1 + len(examples)]
         if examples and has_prefix:
             asked = self._queue.encode(serving.encoder, examples, query=True, seconds=seconds)
-        part = serving.state.partitions.get(base_model) or Partition(dimension=serving.state.dimension)
         standings = [
-            drafts.standing(part, draft, Query(text=text, vector=vector))
+            drafts.standing(serving.state, draft, Query(text=text, vector=vector))
             for draft, text, vector in zip(drafts.without_each_example(card, vectors), examples, asked, strict=True)
         ]
         return {"seq": serving.state.seq, "standings": [asdict(one) for one in standings]}

@@ -1,5 +1,7 @@
 """Drafts stand where their card would stand if it were in the index."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,6 @@ from hypothesis import strategies as st
 from moerge.routing import cards, drafts
 from moerge.routing.base import Query
 from moerge.routing.cards import Card
-from moerge.routing.partition import Partition
 from tests.unit.routing.builders import DIMENSION, WORDS, crowd, entry, state, unit
 
 
@@ -23,38 +24,42 @@ def question(seed: int) -> Query:
 def test_a_draft_stands_where_it_would_once_it_is_put_in(count, seed):
     draft = entry("x/draft", description="salt oven", examples=("book a flight", "bank card"), seed=seed)
     there = state(*crowd(count, seed=seed))
-    part = there.partitions.get("base/a", Partition(dimension=DIMENSION))
     query = question(seed)
-    met = drafts.standing(part, draft, query)
+    met = drafts.standing(there, draft, query)
     wanted = there.changed(seq=2, put=[draft]).rank(query, base_model="base/a")
     own = next(hit for hit in wanted.hits if hit.expert == "x/draft")
     assert (met.score, met.min_score) == (own.score, wanted.min_score)
     before = [(hit.expert, hit.score, hit.revision) for hit in wanted.hits if hit.score >= own.score and hit != own]
     assert [(rival.expert, rival.score, rival.revision) for rival in met.rivals] == before
-    assert len(part) == count
+    assert len(there) == count
 
 
 def test_an_expert_that_the_draft_replaces_does_not_compete_with_it():
     rows = [unit(1), unit(1)]
     old = entry("o/mine", examples=("salt",), vectors=rows)
     other = entry("o/other", examples=("salt",), vectors=rows)
-    part = state(old, other, *crowd(5)).partitions["base/a"]
+    there = state(old, other, *crowd(5))
     query = Query(text="salt", vector=unit(1))
-    assert [r.expert for r in drafts.standing(part, entry("new", examples=("salt",), vectors=rows), query).rivals] == [
+    assert [r.expert for r in drafts.standing(there, entry("new", examples=("salt",), vectors=rows), query).rivals] == [
         "o/mine", "o/other",
     ]  # fmt: skip
-    replaced = drafts.standing(part, entry("o/mine", description="oven", vectors=[unit(0, 1)]), query)
+    replaced = drafts.standing(there, entry("o/mine", description="oven", vectors=[unit(0, 1)]), query)
     assert replaced.rivals[0].expert == "o/other"
     assert "o/mine" not in {rival.expert for rival in replaced.rivals}
-    assert part.card("o/mine").examples == ("salt",)
+    assert there.partitions["base/a"].card("o/mine").examples == ("salt",)
+
+
+def test_the_threshold_is_that_of_the_encoder_in_use():
+    there = dataclasses.replace(state(*crowd(700)), thresholds={"hybrid": {"min_score": 0.77}})
+    assert drafts.standing(there, entry("x/draft"), question(1)).min_score == 0.77
 
 
 def test_equal_scores_count_against_the_draft_whatever_its_name():
     rows = [unit(1), unit(1)]
-    part = state(entry("m/twin", name="n", examples=("salt",), vectors=rows)).partitions["base/a"]
+    there = state(entry("m/twin", name="n", examples=("salt",), vectors=rows))
     for name in ("a/draft", "z/draft"):
         draft = entry(name, name="n", examples=("salt",), vectors=rows)
-        met = drafts.standing(part, draft, Query(text="salt", vector=unit(1)))
+        met = drafts.standing(there, draft, Query(text="salt", vector=unit(1)))
         assert [(rival.expert, rival.score) for rival in met.rivals] == [("m/twin", met.score)]
 
 
