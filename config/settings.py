@@ -37,6 +37,12 @@ HUB_ROUTER_TIMEOUT_SECONDS = env.number("HUB_ROUTER_TIMEOUT_SECONDS", 10)
 HUB_ROUTER_MAX_WAITING_TEXTS = env.number("HUB_ROUTER_MAX_WAITING_TEXTS", 256)
 HUB_OVERLAY_MAX_EXPERTS = env.number("HUB_OVERLAY_MAX_EXPERTS", 1000)
 
+# A language model that writes instructions for experts that have none
+HUB_DESCRIBE_URL = env.text("HUB_DESCRIBE_URL")
+HUB_DESCRIBE_MODEL = env.text("HUB_DESCRIBE_MODEL")
+HUB_DESCRIBE_KEY = env.text("HUB_DESCRIBE_KEY")
+HUB_EGRESS_HOSTS = env.listing("HUB_EGRESS_HOSTS")
+
 # Limits of what is taken in
 HUB_UPLOAD_MAX_BYTES = env.number("HUB_UPLOAD_MAX_BYTES", 4 * 2**30)
 HUB_FILE_MAX_BYTES = env.number("HUB_FILE_MAX_BYTES", 4 * 2**30)

@@ -126,6 +126,10 @@ class ScopeMissing(Refused):
     title = "The API key lacks a scope"
 
 
+class EgressRefused(Refused):
+    title = "The hub does not speak to that address"
+
+
 class QuotaExceeded(Refused):
     title = "Quota exceeded"
 
@@ -273,6 +277,11 @@ class Unavailable(HubError):
 
 class StorageUnavailable(Unavailable):
     title = "The storage does not answer"
+
+
+class EgressFailed(HubError):
+    status = 502
+    title = "Another server did not answer as it should"
 
 
 class IndexNotReady(Unavailable):

@@ -41,11 +41,12 @@ class JobKind(StrEnum):
     SNAPSHOT = "snapshot"
     PROTOTYPES = "prototypes"
     NEIGHBOURS = "neighbours"
+    DESCRIBE = "describe"
 
 
 HEAVY = frozenset({
     JobKind.COMPRESS, JobKind.MERGE, JobKind.KINSHIP, JobKind.RECONSTRUCT, JobKind.SNAPSHOT, JobKind.PROTOTYPES,
-    JobKind.NEIGHBOURS,
+    JobKind.NEIGHBOURS, JobKind.DESCRIBE,
 })  # fmt: skip
 # Job.priority; the queues give the smallest number first.
 WAITED_FOR, ASKED_FOR, NOBODY_WAITS = 0, 3, 6

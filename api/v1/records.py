@@ -43,6 +43,8 @@ def expert(expert: Expert, revision: Revision | None, request: Request) -> dict[
     return {
         **expert_row(expert),
         "examples": expert.examples,
+        "instruction": expert.instruction,
+        "is_instruction_generated": expert.is_instruction_generated,
         "yank_reason": expert.yank_reason or None,
         "state": revision.state if revision else "incomplete",
         "revision": revision.commit if revision else None,

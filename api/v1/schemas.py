@@ -159,6 +159,8 @@ class EvaluationRecord(s.Serializer[Any]):
 
 class ExpertRecord(ExpertRow):
     examples = s.ListField(child=s.CharField())
+    instruction = s.CharField(allow_blank=True, help_text="What it does, as an order to somebody.")
+    is_instruction_generated = s.BooleanField(help_text="A language model wrote it from description and examples.")
     yank_reason = s.CharField(allow_null=True)
     state = s.ChoiceField(["incomplete", "processing", "ready", "failed"])
     revision = s.CharField(allow_null=True, help_text="Full commit of main.")

@@ -33,6 +33,7 @@ class UploadCard(schemas.StrictSerializer):
 
     description = s.CharField(required=False, allow_blank=True)
     examples = s.ListField(child=s.CharField(), required=False)
+    instruction = s.CharField(required=False, allow_blank=True, help_text="What it does, as an order to somebody.")
     licence = s.CharField(required=False, allow_blank=True)
     base_model = s.CharField(required=False, allow_blank=True, allow_null=True)
     tags = s.ListField(child=s.CharField(), required=False)

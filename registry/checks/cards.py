@@ -5,6 +5,7 @@ base_model: sentence-transformers/all-MiniLM-L6-v2
 moerge:
   task: What the expert is good at, in a few sentences.
   examples: [inputs it should get]
+  instruction: What it does, as an order to somebody.
   compression: {preset: default, density: 0.1}
 """
 
@@ -24,6 +25,7 @@ from registry.errors import Fault, UploadInvalid
 FRONT_MATTER_BYTES = 64_000
 DESCRIPTION_CHARACTERS = 60_000
 EXAMPLES_COUNT, EXAMPLE_CHARACTERS = 32, 4_000
+INSTRUCTION_CHARACTERS = 4_000
 TAGS_COUNT, TAG_CHARACTERS = 64, 80
 LICENCE_CHARACTERS = 64
 FIGURES_COUNT = 200
@@ -56,6 +58,7 @@ class Card:
 
     description: str = ""
     examples: tuple[str, ...] = ()
+    instruction: str = ""
     licence: str = ""
     base_model: str | None = None
     tags: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ def parse(text: str) -> Card:
     return Card(
         description=_text(description, "moerge", "task") if description else first_paragraph(body),
         examples=_texts(section.get("examples"), EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "moerge", "examples"),
+        instruction=_instruction(section.get("instruction"), files.CARD, "moerge", "instruction"),
         licence=" and ".join(_texts(licence, 8, LICENCE_CHARACTERS, "license")).lower()[:LICENCE_CHARACTERS],
         base_model=_text(base, "base_model") if base else None,
         tags=_tags(data.get("tags")),
@@ -93,7 +97,7 @@ def parse(text: str) -> Card:
 
 def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
     """Card fields given beside the files, checked like the card itself; they win over it. Raises UploadInvalid."""
-    known = {"description", "examples", "licence", "base_model", "tags", "compression"}
+    known = {"description", "examples", "instruction", "licence", "base_model", "tags", "compression"}
     for name in claims.keys() - known:
         raise _invalid(
             ("card", name), met=name, wanted=f"one of {', '.join(sorted(known))}", remedy="Leave this field out."
@@ -113,6 +117,8 @@ def overrides(claims: Mapping[str, Any]) -> dict[str, Any]:
         result["examples"] = list(
             _texts(claims["examples"], EXAMPLES_COUNT, EXAMPLE_CHARACTERS, "examples", file="card")
         )
+    if claims.get("instruction"):
+        result["instruction"] = _instruction(claims["instruction"], "card", "instruction")
     if claims.get("tags"):
         result["tags"] = list(_texts(claims["tags"], TAGS_COUNT, TAG_CHARACTERS, "tags", file="card"))
     if claims.get("compression"):
@@ -126,6 +132,7 @@ def merged(card: Card, given: Mapping[str, Any]) -> Card:
     return Card(
         description=given.get("description", card.description),
         examples=tuple(given.get("examples", card.examples)),
+        instruction=given.get("instruction", card.instruction),
         licence=given.get("licence", card.licence).lower(),
         base_model=given.get("base_model", card.base_model),
         tags=tuple(given.get("tags", card.tags)),
@@ -290,6 +297,20 @@ def _mapping(value: Any, *where: str) -> dict[str, Any]:
             remedy="Write `task:` and `examples:` below it.",
         )
     return value
+
+
+def _instruction(value: Any, file: str, *where: str) -> str:
+    if not value:
+        return ""
+    text = _text(value, *where, file=file).strip()
+    if len(text) > INSTRUCTION_CHARACTERS:
+        raise _invalid(
+            (file, *where),
+            met=len(text),
+            wanted=f"at most {INSTRUCTION_CHARACTERS} characters",
+            remedy="Say in a few sentences what the expert does.",
+        )
+    return text
 
 
 def _text(value: Any, *where: str, file: str = files.CARD) -> str:

@@ -189,6 +189,7 @@ def _facts(plan: Plan) -> Iterator[tuple[str, Any]]:
     card = plan.card
     yield "description", card.description
     yield "examples", list(card.examples)
+    yield "instruction", card.instruction
     yield "licence", card.licence
     yield "tags", list(card.tags)
     yield "card_data", dict(card.data)
@@ -247,6 +248,9 @@ def _write_files(revision: Revision, plan: Plan) -> None:
 def _tell_expert(row: Expert, plan: Plan) -> None:
     """Bring the columns by which experts are listed and searched in line with the new head of `main`."""
     facts = plan.examined.facts if plan.examined else None
+    is_told_the_same = (row.description, row.examples) == (plan.card.description, list(plan.card.examples))
+    if plan.card.instruction or not (row.is_instruction_generated and is_told_the_same):
+        row.instruction, row.is_instruction_generated = plan.card.instruction, False
     row.base_model = plan.base
     row.description = plan.card.description
     row.examples = list(plan.card.examples)
@@ -256,7 +260,10 @@ def _tell_expert(row: Expert, plan: Plan) -> None:
     row.rank = facts.rank if facts else None
     row.updated_at = timezone.now()
     row.save(
-        update_fields=["base_model", "description", "examples", "licence", "tags", "adapter_kind", "rank", "updated_at"]
+        update_fields=[
+            *("base_model", "description", "examples", "instruction", "is_instruction_generated"),
+            *("licence", "tags", "adapter_kind", "rank", "updated_at"),
+        ]
     )
 
 

@@ -228,6 +228,23 @@ def test_card_fields_given_beside_the_files_win_and_stay_until_others_are_given(
     assert (expert.description, expert.examples) == ("Anew.", ["one"])
 
 
+def test_an_instruction_given_beside_the_files_is_the_uploaders_own(owner, expert):
+    commit(owner, expert, tiny.adapter(seed=1), card={"instruction": "Book it."})
+    expert.refresh_from_db()
+    assert (expert.instruction, expert.is_instruction_generated) == ("Book it.", False)
+
+
+def test_a_generated_instruction_stays_as_long_as_the_words_it_was_written_from(owner, expert):
+    commit(owner, expert, tiny.adapter(seed=1), card={"description": "Books.", "examples": ["one"]})
+    type(expert).objects.filter(pk=expert.pk).update(instruction="Written.", is_instruction_generated=True)
+    commit(owner, expert, {WEIGHTS: tiny.weights(seed=5)})
+    expert.refresh_from_db()
+    assert (expert.instruction, expert.is_instruction_generated) == ("Written.", True)
+    commit(owner, expert, {WEIGHTS: tiny.weights(seed=6)}, card={"description": "Cooks."})
+    expert.refresh_from_db()
+    assert (expert.instruction, expert.is_instruction_generated) == ("", False)
+
+
 def test_an_answer_about_the_base_holds_for_later_weights_too(owner, expert):
     files = tiny.adapter(**{CONFIG: tiny.config(base_model_name_or_path="/tmp/x"), CARD: b"# T\n"})
     commit(owner, expert, files, card={"base_model": tiny.BASE})

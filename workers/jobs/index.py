@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from registry.services import routing
+from registry.services import describing, routing
 from workers.jobs import embed
 from workers.runner import NotApplicable, Work
 
@@ -15,4 +15,5 @@ def run(work: Work) -> dict[str, Any]:
     seq = routing.publish_to_index(revision)
     if seq is None:
         raise NotApplicable("The expert was taken out, or a newer revision is there.")
+    describing.enqueue(revision)
     return {"index_seq": seq}

@@ -205,7 +205,7 @@ async function run() {
   }
   const field = (name) => form.elements[name].value.trim();
   const card = {};
-  for (const name of ["description", "base_model", "licence"]) if (field(name)) card[name] = field(name);
+  for (const name of ["description", "instruction", "base_model", "licence"]) if (field(name)) card[name] = field(name);
   if (examples().length) card.examples = examples();
   const compression = {};
   if (field("preset")) compression.preset = field("preset");

@@ -129,6 +129,8 @@ def test_front_matter_has_a_size():
         ({"descripton": "x"}, "/card/descripton"),
         ({"description": 5}, "/card/description"),
         ({"examples": ["x"] * 33}, "/card/examples"),
+        ({"instruction": ["x"]}, "/card/instruction"),
+        ({"instruction": "x" * 4001}, "/card/instruction"),
         ({"examples": ["x" * 4001]}, "/card/examples/0"),
         ({"tags": ["x" * 81]}, "/card/tags/0"),
         ({"licence": "x" * 65}, "/card/licence"),
@@ -138,6 +140,16 @@ def test_fields_beside_the_files_are_checked_too(claims, pointer):
     with pytest.raises(UploadInvalid) as error:
         cards.overrides(claims)
     assert error.value.faults[0].pointer == pointer
+
+
+def test_an_instruction_is_read_from_the_front_matter_and_beside_it():
+    card = cards.parse("---\nmoerge:\n  instruction: ' Book it. '\n---\n")
+    assert card.instruction == "Book it."
+    assert cards.merged(card, cards.overrides({"instruction": "Cook it."})).instruction == "Cook it."
+    assert cards.merged(card, cards.overrides({"instruction": ""})).instruction == "Book it."
+    with pytest.raises(UploadInvalid) as error:
+        cards.parse("---\nmoerge:\n  instruction: {a: b}\n---\n")
+    assert error.value.faults[0].pointer == "/README.md/moerge/instruction"
 
 
 def test_fields_beside_the_files_win_and_empty_ones_do_not():
