@@ -80,6 +80,10 @@ def test_every_task_has_a_worked_example():
     assert {task for task, _, _ in WORKED} == set(tasks.TASKS)
 
 
+def test_every_word_of_the_lexicon_has_its_translation():
+    assert dict(tasks.LEXICON) == FRENCH
+
+
 def test_no_wording_is_shared_by_two_tasks():
     wordings = [wording for task in tasks.TASKS.values() for wording in task.wordings]
     assert len(wordings) == len(set(wordings))
@@ -174,6 +178,7 @@ ASKED = Item("spell backwards: kitn; french words: horse fish =", ("ntik", "chev
         ("ntik;", (True, False)),
         ("ntik;chevalpoisson;", (True, False)),
         ("ntik;chevalpoisson;ntik", (True, False)),
+        ("ntik;ntik;chevalpoisson", (True, False)),
         ("NTIK;chevalpoisson", (False, True)),
         ("", (False, False)),
     ],
