@@ -46,10 +46,11 @@ def settle(made: Follower) -> None:
     """Look at the database until nothing more is opened."""
     for _ in range(10):
         before = made._opening
+        if before is not None:
+            before.join(timeout=30)
         made.follow(clock())
         if made._opening is before:
             return
-        made._opening.join(timeout=30)
     raise AssertionError("it opens the same again and again")
 
 
