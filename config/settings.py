@@ -195,6 +195,7 @@ LOGGING = {
     "loggers": {
         "django.request": {"level": "ERROR"},
         "django.server": {"level": "WARNING"},
+        "faiss.loader": {"level": "WARNING"},  # it tells which processor it does not find
         "httpx": {"level": "WARNING"},
         "httpcore": {"level": "WARNING"},
     },

@@ -1,12 +1,19 @@
 """The whole hub as `bin/run` starts it, once for all tests of this folder, and a browser for its pages."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests import hubs
 from tests.hubs import Hub
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Where a run has several processes, one of them has the hub, and so all tests of it."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("hub"))
 
 
 @pytest.fixture(scope="session")
