@@ -45,7 +45,7 @@ _CARD_SECONDS = 60.0
 
 def load_encoder(row: models.Encoder) -> "Encoder":
     """The encoder of a row; importing its library is the slow part. Raises EncoderInvalid and OSError."""
-    from moerge.embedding import encoder  # noqa: PLC0415  # Measured: 10 to 25 s, so only here and in a thread.
+    from moerge.embedding import encoder  # noqa: PLC0415  # torch and transformers: seconds, so only here and in a thread.
 
     if row.folder:
         return encoder.load(folder=Path(row.folder), encoder_id=row.pk, prefix=row.prefix, max_tokens=row.max_tokens)
