@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,9 +168,9 @@ with postgres.running(folder, password={PASSWORD!r}, log=folder / "log") as url:
 
 
 @pytest.fixture
-def closed_programs(tmp_path_factory):
+def closed_programs():
     """Programs of PostgreSQL in a folder that only its owner may enter, below one that all may."""
-    top = tmp_path_factory.getbasetemp().parent.parent / f"moerge-closed-{os.getpid()}"
+    top = Path(tempfile.gettempdir()) / f"moerge-closed-{os.getpid()}"
     closed = top / "closed"
     closed.mkdir(parents=True)
     top.chmod(0o755)

@@ -82,7 +82,8 @@ def test_the_score_of_one_card_equals_the_value_worked_out_by_hand():
     assert (first.expert, first.number, first.revision, first.base_model) == ("o/a", number_of("o/a"), 7, "base/a")
     assert first.score == pytest.approx(0.5 * dense + 0.5 * b / (b + 60), abs=3e-4)
     assert first.parts == pytest.approx({"s_ex": 0.8, "s_desc": 0.0, "s_cen": 0.98995, "bm25": b}, abs=5e-4)
-    assert (first.matched_example_index, first.confidence) == (1, "low")
+    # Two cards lower the bands by .021 (ln(1 + 668.5 / 1.5) - ln(1 + 1.5 / 1.5)) = .114, that of .39 below .3444.
+    assert (first.matched_example_index, first.confidence) == (1, "medium")
     assert (second.expert, second.score, second.matched_example_index) == ("o/b", 0.0, None)
 
 

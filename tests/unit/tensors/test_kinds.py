@@ -224,13 +224,13 @@ def test_the_rows_that_dora_makes_are_as_long_as_its_magnitudes(dora, tmp_path):
     assert adapter.facts.ranks == {Q: 4}
 
 
-def test_dora_is_refused_without_its_base_even_where_the_caller_accepts_it(dora, tmp_path):
+def test_dora_is_refused_without_its_base_and_its_factors_alone_come_to_who_accepts_that(dora, tmp_path):
     config, path = dora(ones(4))
     with pytest.raises(AdapterInvalid) as caught:
         adapters.load(config, path)
     assert (caught.value.pointer, "operator" in caught.value.remedy) == ("/use_dora", True)
-    with pytest.raises(AdapterInvalid, match="depends on a weight"):
-        _ = adapters.load(config, path, accept=["/use_dora"]).modules[Q]
+    found = adapters.load(config, path, accept=["/use_dora"]).modules[Q]
+    np.testing.assert_allclose(found.delta(), np.float32(1.5) * (noise(2, 4, 2) @ noise(1, 2, 6)), rtol=1e-6)
     with base_of(tmp_path / "a", {"x.weight": ones(4, 6)}) as base, pytest.raises(AdapterInvalid, match="depends on"):
         adapters.load(config, path, base=base)
     with base_of(tmp_path / "b", {f"{Q}.weight": ones(6, 4)}) as base, pytest.raises(AdapterInvalid, match="not fit"):
