@@ -1,7 +1,7 @@
-"""The tiny base: a word-and-letter tokenizer, a four-layer Llama, and its training from scratch.
+"""The tiny base: a tokenizer of whole words, a four-layer Llama, and its training from scratch.
 
-The base learns the general tasks, and of the experts' tasks no more than what an input looks like: such inputs come
-with the payload itself as their answer. So it answers in the right form, and reads wordings, but solves none of them.
+The base reads rows of words in which neighbours are often of one kind, copies them and names their kinds. So it tells
+kinds apart, as a base model does that has read texts, and knows no word's partner.
 """
 
 import random
@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from examples.token_routing import tasks
 
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
-NAME = "tiny-text"  # What the experts' configs and cards call their base.
+NAME = "tiny-words"  # What the experts' configs and cards call their base.
 IGNORED = -100
+GOING_ON = 0.7  # How often a word of a lesson is of its neighbour's kind.
+COPIED = 0.7  # How often a lesson is to copy.
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,11 @@ class Schedule:
 
 
 def tokenizer() -> Any:
-    """Known words are one token, all else is spelled; spaces are not kept."""
-    words = [PAD, END, UNKNOWN, ":", ";", "=", *tasks.LETTERS, *tasks.WORDS]
-    model = models.WordPiece(
-        {word: number for number, word in enumerate(words)},
-        unk_token=UNKNOWN,
-        continuing_subword_prefix="",
-        max_input_chars_per_word=100,
-    )
-    fast = Tokenizer(model)
+    """Every word is one token."""
+    known = [PAD, END, UNKNOWN, tasks.COPY, tasks.KINDS, *tasks.LEXICON]
+    known += [word for words in tasks.LEXICON.values() for word in words]
+    fast = Tokenizer(models.WordLevel({word: number for number, word in enumerate(known)}, unk_token=UNKNOWN))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, padding_side="left"
     )
@@ -58,7 +54,7 @@ def model(vocabulary_count: int) -> Any:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=128,
+        max_position_embeddings=64,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=None,
@@ -68,21 +64,21 @@ def model(vocabulary_count: int) -> Any:
 
 
 def lesson(chance: random.Random) -> tasks.Item:
-    """One item of the base's training: half general tasks, half experts' inputs answered by their own payload."""
-    count = chance.randint(1, 2)
-    names, parts, pieces = [], [], []
-    for _ in range(count):
-        is_general = chance.random() < 0.5
-        task = chance.choice(tasks.GENERAL if is_general else tasks.ASKED)
-        payload, answer = tasks.draw(task, chance, held_out=False)
-        names.append(task.name)
-        parts.append((chance.choice(task.wordings), payload))
-        pieces.append(answer if is_general else payload)
-    return tasks.Item(tasks.ask(parts), tuple(pieces), tuple(names))
+    """One item of the base's training: a row of words, which is copied or whose kinds are named."""
+    kinds: list[str] = []
+    for _ in range(chance.randint(2, 2 * tasks.HALF)):
+        goes_on = kinds and chance.random() < GOING_ON
+        kinds.append(kinds[-1] if goes_on else chance.choice(tuple(tasks.LEXICON)))
+    words = tasks.drawn(kinds, chance)
+    while tasks.is_held_out(words):
+        words = tasks.drawn(kinds, chance)
+    if chance.random() < COPIED:
+        return tasks.Item(words, words)
+    return tasks.Item(words, tuple(kinds), mark=tasks.KINDS)
 
 
-def batch(tokens: Any, items: Sequence[tasks.Item]) -> dict[str, torch.Tensor]:
-    """Token ids, mask and labels, padded on the right; the loss is on the answers alone."""
+def batch(tokens: Any, items: Sequence[tasks.Item], *, learns_inputs: bool = False) -> dict[str, torch.Tensor]:
+    """Token ids, mask and labels, padded on the right; the loss is on the answers, or on the inputs too."""
     inputs = [tokens(item.text)["input_ids"] for item in items]
     answers = [[*tokens(item.answer)["input_ids"], tokens.eos_token_id] for item in items]
     width = max(len(left) + len(right) for left, right in zip(inputs, answers, strict=True))
@@ -92,15 +88,20 @@ def batch(tokens: Any, items: Sequence[tasks.Item]) -> dict[str, torch.Tensor]:
     for row, (left, right) in enumerate(zip(inputs, answers, strict=True)):
         end = len(left) + len(right)
         ids[row, :end] = torch.tensor(left + right)
-        labels[row, len(left) : end] = torch.tensor(right)
+        start = 0 if learns_inputs else len(left)
+        labels[row, start:end] = ids[row, start:end]
         mask[row, :end] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def optimise(
-    trained: Any, tokens: Any, *, draw: Callable[[random.Random], tasks.Item], schedule: Schedule, seed: int
+    trained: Any,
+    draw: Callable[[random.Random, int], dict[str, torch.Tensor]],
+    *,
+    schedule: Schedule,
+    seed: int,
 ) -> float:
-    """Train what requires a gradient on items drawn anew for every step; the mean loss of the last 20 steps."""
+    """Train what requires a gradient on batches drawn anew for every step; the mean loss of the last 20 steps."""
     chance = random.Random(seed)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -110,7 +111,7 @@ def optimise(
     losses: deque[float] = deque(maxlen=20)
     trained.train()
     for _ in range(schedule.steps):
-        loss = trained(**batch(tokens, [draw(chance) for _ in range(schedule.batch)])).loss
+        loss = trained(**draw(chance, schedule.batch)).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -128,7 +129,11 @@ def train(folder: Path, *, schedule: Schedule, seed: int) -> float:
     torch.manual_seed(seed)
     tokens = tokenizer()
     fresh = model(len(tokens))
-    loss = optimise(fresh, tokens, draw=lesson, schedule=schedule, seed=seed)
+
+    def drawn(chance: random.Random, count: int) -> dict[str, torch.Tensor]:
+        return batch(tokens, [lesson(chance) for _ in range(count)], learns_inputs=True)
+
+    loss = optimise(fresh, drawn, schedule=schedule, seed=seed)
     fresh.save_pretrained(folder)
     tokens.save_pretrained(folder)
     return loss

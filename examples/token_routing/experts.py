@@ -34,13 +34,11 @@ def train(folder: Path, tokens: Any, task: tasks.Task, *, base_folder: Path, sch
     )
     model = peft.get_peft_model(base.load(base_folder), config)
     model.peft_config["default"].base_model_name_or_path = base.NAME
-    loss = base.optimise(
-        model,
-        tokens,
-        draw=lambda chance: tasks.single(task.name, chance, held_out=False),
-        schedule=schedule,
-        seed=own,
-    )
+
+    def drawn(chance: random.Random, count: int) -> dict[str, torch.Tensor]:
+        return base.batch(tokens, [tasks.single(task.name, chance, held_out=False) for _ in range(count)])
+
+    loss = base.optimise(model, drawn, schedule=schedule, seed=own)
     model.save_pretrained(folder, save_embedding_layers=False)
     return loss
 
@@ -61,12 +59,9 @@ def train_gates(
 
 
 def card(task: tasks.Task, *, number: int) -> Card:
-    """What an uploader would write: a sentence, and example inputs in two of the four wordings."""
+    """What an uploader would write: a sentence, and example inputs."""
     chance = random.Random(seed_of(task.name, 0))
-    examples = []
-    for turn in range(CARD_EXAMPLES):
-        payload, _ = tasks.draw(task, chance, held_out=False)
-        examples.append(f"{task.wordings[turn % 2]}: {payload}")
+    examples = [tasks.single(task.name, chance, held_out=False).text for _ in range(CARD_EXAMPLES)]
     return Card(
         expert=f"demo/{task.name}",
         base_model=base.NAME,

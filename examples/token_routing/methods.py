@@ -1,7 +1,7 @@
 """The methods compared: each takes inputs and gives the answers of one way to use base and experts.
 
 Experts act through stock PEFT where one of them answers alone, through `moerge.merging` where they are merged, and
-through `moerge.runtime` where every token is routed. The oracle knows which expert each part belongs to.
+through `moerge.runtime` where every token is routed. The oracle knows which expert each word belongs to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ from moerge.runtime import RoutedModel
 from moerge.tensors import adapters
 
 BATCH = 100
-MOST_TOKENS = 20  # The longest answer, two words of six letters with es and a semicolon, has 18.
+MOST_TOKENS = 2 * tasks.HALF + 2  # The longest answer, its end, and one token too many.
 Answers = list[str]
 
 
@@ -89,7 +89,7 @@ class Retrieval:
     def _loaded(self) -> tuple[Encoder, State]:
         # Loading takes seconds, and where all results are there nothing is asked.
         loaded = encoder.load()
-        cards = [experts.card(task, number=number) for number, task in enumerate(tasks.EXPERTS, start=1)]
+        cards = [experts.card(task, number=number) for number, task in enumerate(tasks.TASKS, start=1)]
         entries = [entry(card, loaded.encode(texts(card))) for card in cards]
         return loaded, State(encoder_id=loaded.id, dimension=loaded.dimension).changed(seq=1, put=entries)
 
@@ -115,108 +115,75 @@ def _name(hit: Hit) -> str:
 
 
 def oracle(model: Any, tokens: Any, items: Sequence[tasks.Item]) -> Answers:
-    """Every part is read, and its piece of the answer written, by the expert of the part's task.
+    """Every word is read, and its answer written, by the expert of the word's task.
 
-    `model` is `together`'s. Parts are read one after the other with the cache, each padded on the left.
+    `model` is `together`'s. Tokens are read one after the other with the cache, each row by the expert in charge.
     """
-    mark = tokens.convert_tokens_to_ids(";")
-    pieces = torch.zeros(len(items), dtype=torch.long)
-    reader = _Reader(model, [item.tasks for item in items])
-    count = max(len(item.tasks) for item in items)
-    split = [_parts(tokens, item) for item in items]
-    for part in range(count):
-        reader.read(_padded([row[part] if part < len(row) else [] for row in split], tokens.pad_token_id), part)
-    ids = torch.full((len(items), 1), tokens.convert_tokens_to_ids("="))
-    made = []
-    done = torch.zeros(len(items), dtype=torch.bool)
-    for _ in range(MOST_TOKENS):
-        chosen = reader.read((ids, torch.ones_like(ids)), pieces)
-        made.append(torch.where(done, tokens.pad_token_id, chosen))
-        done |= chosen == tokens.eos_token_id
-        if done.all():
-            break
-        # The semicolon is read by the next part's expert, which is to write after it.
-        pieces += chosen == mark
-        ids = chosen[:, None]
-    return [str(text) for text in tokens.batch_decode(torch.stack(made, dim=1), skip_special_tokens=True)]
-
-
-class _Reader:
-    """Reads blocks of tokens into one cache, each row by the expert of the part it is at."""
-
-    def __init__(self, model: Any, names: Sequence[Sequence[str]]) -> None:
-        self._model = model
-        self._names = names
-        self._cache: Any = None
-        self._mask = torch.zeros((len(names), 0), dtype=torch.long)
-
-    def read(self, block: tuple[torch.Tensor, torch.Tensor], parts: int | torch.Tensor) -> torch.Tensor:
-        """The likeliest next token of each row."""
-        ids, mask = block
-        places = (self._mask.sum(dim=1, keepdim=True) + mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._mask = torch.cat([self._mask, mask], dim=1)
-        numbers = [parts] * len(ids) if isinstance(parts, int) else parts.tolist()
-        chosen = [names[min(number, len(names) - 1)] for names, number in zip(self._names, numbers, strict=True)]
+    given = encoded(tokens, items)
+    count, width = given["input_ids"].shape
+    waits = (given["attention_mask"] == 0).sum(dim=1).tolist()  # Padding on the left of each row.
+    charges = [tasks.in_charge(item) for item in items]
+    ids, mask, cache = given["input_ids"][:, :1], given["attention_mask"][:, :1], None
+    for turn in range(width + MOST_TOKENS - 1):
+        places = [min(max(turn - wait, 0), len(names) - 1) for wait, names in zip(waits, charges, strict=True)]
         with torch.no_grad():
-            given = self._model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                position_ids=places,
-                past_key_values=self._cache,
+            told = model(
+                input_ids=ids[:, -1:],
+                attention_mask=mask,
+                position_ids=(mask.sum(dim=1, keepdim=True) - 1).clamp(min=0),
+                past_key_values=cache,
                 use_cache=True,
-                adapter_names=chosen,
+                adapter_names=[names[place] for names, place in zip(charges, places, strict=True)],
             )
-        self._cache = given.past_key_values
-        return torch.as_tensor(given.logits[:, -1].argmax(dim=-1))
+        cache = told.past_key_values
+        is_read = turn + 1 < width
+        following = given["input_ids"][:, turn + 1] if is_read else told.logits[:, -1].argmax(dim=-1)
+        more = given["attention_mask"][:, turn + 1] if is_read else torch.ones(count, dtype=torch.long)
+        ids, mask = torch.cat([ids, following[:, None]], dim=1), torch.cat([mask, more[:, None]], dim=1)
+    made = ids[:, width:]
+    ended = (made == tokens.eos_token_id).cumsum(dim=1) > 0
+    return [
+        str(text) for text in tokens.batch_decode(made.where(~ended, tokens.pad_token_id), skip_special_tokens=True)
+    ]
 
 
-def _parts(tokens: Any, item: tasks.Item) -> list[list[int]]:
-    """The token ids of each part, a semicolon at the end of all but the last; without the sign of equality."""
-    parts = item.text.removesuffix(" =").split("; ")
-    return [tokens(part + ";" * (number < len(parts) - 1))["input_ids"] for number, part in enumerate(parts)]
+def right_share(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]) -> float:
+    """The share of the weight that goes to the expert in charge of each token, the mean of tokens and modules.
 
-
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    As in `use_by_half`, the model reads the inputs with their right answers.
+    """
+    weights, number = _weights(model, tokens, items)
+    shares = [
+        weights[row, place, number[name]]
+        for row, item in enumerate(items)
+        for place, name in enumerate(tasks.in_charge(item))
+    ]
+    return float(np.mean(shares))
 
 
 def use_by_half(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]) -> dict[str, dict[str, float]]:
-    """{segment: shares of the first half's expert, the second half's, and all others}, over all modules.
-
-    `items` have two parts; the model reads them with their right answers.
-    """
-    given = base.batch(tokens, items)
-    weights = _weights(model, given)
-    where = np.array([tasks.segments(tokens.convert_ids_to_tokens(row)) for row in given["input_ids"]])
-    number = {name: position for position, name in enumerate(model.experts)}
-    owners = np.array([[number[name] for name in item.tasks] for item in items])
+    """{segment: shares of the first half's expert and the second half's}, the mean of tokens and modules."""
+    weights, number = _weights(model, tokens, items)
+    rows = np.arange(len(items))
     told = {}
-    for position, segment in enumerate(tasks.SEGMENTS):
-        rows, columns = np.nonzero(where == position)
-        here = weights[rows, columns]
-        first, second = (float(here[np.arange(len(here)), owners[rows, part]].mean()) for part in range(2))
-        told[segment] = {"first": first, "second": second, "others": float(here.sum(axis=1).mean()) - first - second}
+    for turn, segment in enumerate(tasks.SEGMENTS):
+        here = weights[:, turn * tasks.HALF : (turn + 1) * tasks.HALF].mean(axis=1)
+        told[segment] = {
+            half: float(here[rows, [number[item.tasks[place]] for item in items]].mean())
+            for half, place in (("first", 0), ("second", -1))
+        }
     return told
 
 
-def share_of(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item], name: str) -> float:
-    """The share of the weight that the named expert has on these inputs with their right answers, over all modules."""
-    model.reset_usage()
+def _weights(
+    model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]
+) -> tuple[np.ndarray[Any, Any], dict[str, int]]:
+    """(inputs, length, experts): the weight of each expert at each token, the mean of all modules; experts' numbers."""
     given = base.batch(tokens, items)
-    model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
-    shares = [used[name] for used in model.usage().values()]
-    return sum(shares) / len(shares)
-
-
-def _weights(model: RoutedModel, given: Mapping[str, torch.Tensor]) -> np.ndarray[Any, Any]:
-    """(inputs, length, experts): the weight of each expert at each token, the mean of all modules."""
     with model.watching() as record:
         model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
     found = torch.stack([passes[0].float() for passes in record.values()]).mean(dim=0)
-    return np.asarray(found.numpy())
+    return np.asarray(found.numpy()), {name: place for place, name in enumerate(model.experts)}
 
 
 def batched(items: Sequence[tasks.Item], answer: Callable[[Sequence[tasks.Item]], Answers]) -> Answers:

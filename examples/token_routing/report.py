@@ -12,20 +12,20 @@ Found = Mapping[str, Any]
 def tables(found: Mapping[str, Found]) -> str:
     """All tables of the results by seed."""
     seeds = list(found.values())
-    alone = [task.name for task in tasks.EXPERTS]
+    alone = list(tasks.BY_NAME)
     composed = list(tasks.COMPOSITIONS)
     return "\n\n".join(
         (
             "### Inputs of one task: whole answers right, %",
             _table("method", _rows(seeds, alone, "whole"), [*alone, "mean"]),
-            "### Inputs of two tasks: whole answers right, %",
+            "### Compositions: whole answers right, %",
             _table("method", _rows(seeds, composed, "whole"), [*composed, "mean"]),
-            "### Inputs of two tasks: pieces right, %",
-            _table("method", _rows(seeds, composed, "pieces"), [*composed, "mean"]),
-            "### The right expert's share of the weight on inputs of one task, % (each of six alike: 16.7)",
-            _table("strategy", _own(seeds, alone), [*alone, "mean"]),
-            "### Who is used where in inputs of two tasks, % of the weight: first half's expert / second half's",
-            _table("strategy, input", _halves(seeds), list(_segments(seeds))),
+            "### Compositions: words right, %",
+            _table("method", _rows(seeds, composed, "words"), [*composed, "mean"]),
+            "### The right expert's share of the weight, % (each of six alike: 16.7)",
+            _table("strategy", _right(seeds, [*alone, *composed]), [*alone, *composed, "mean"]),
+            "### Who is used where in inputs of two halves, % of the weight: first half's expert / second half's",
+            _table("strategy, input", _halves(seeds), tasks.SEGMENTS),
         )
     )
 
@@ -39,10 +39,10 @@ def _rows(seeds: Sequence[Found], sets: Sequence[str], figure: str) -> dict[str,
     return told | {"(retrieval finds an expert that is needed)": retrieved}
 
 
-def _own(seeds: Sequence[Found], sets: Sequence[str]) -> dict[str, list[str]]:
+def _right(seeds: Sequence[Found], sets: Sequence[str]) -> dict[str, list[str]]:
     names = [name for name in seeds[0] if name.startswith("use of ")]
     return {
-        name.removeprefix("use of "): _cells(seeds, sets, lambda seed, task, name=name: seed[name]["own"][task])
+        name.removeprefix("use of "): _cells(seeds, sets, lambda seed, task, name=name: seed[name]["right"][task])
         for name in names
     }
 
@@ -59,11 +59,6 @@ def spread(shares: Sequence[float]) -> str:
     return f"{middle} ± {100 * stdev(shares):.1f}" if len(shares) > 1 else middle
 
 
-def _segments(seeds: Sequence[Found]) -> list[str]:
-    name = next(name for name in seeds[0] if name.startswith("use of "))
-    return list(next(iter(seeds[0][name]["halves"].values())))
-
-
 def _halves(seeds: Sequence[Found]) -> dict[str, list[str]]:
     told = {}
     for name in [name for name in seeds[0] if name.startswith("use of ")]:
@@ -71,7 +66,7 @@ def _halves(seeds: Sequence[Found]) -> dict[str, list[str]]:
             shares = [seed[name]["halves"][composition] for seed in seeds]
             told[f"{name.removeprefix('use of ')}, {composition}"] = [
                 " / ".join(f"{100 * mean(one[segment][half] for one in shares):.0f}" for half in ("first", "second"))
-                for segment in _segments(seeds)
+                for segment in tasks.SEGMENTS
             ]
     return told
 

@@ -1,202 +1,142 @@
 """The tasks, the scoring and the tables of examples/token_routing; nothing is trained here."""
 
 import random
-import re
+from itertools import pairwise
 
 import pytest
 
 from examples.token_routing import report, tasks
 from examples.token_routing.tasks import Item
 
-FRENCH = dict(
-    pair.split("-")
-    for pair in (
-        "horse-cheval bird-oiseau fish-poisson tree-arbre house-maison bread-pain flower-fleur milk-lait book-livre "
-        "child-enfant king-roi queen-reine night-nuit moon-lune snow-neige rain-pluie city-ville street-rue door-porte "
-        "hand-main"
+# The lexicons once more, written apart from the example's.
+BY_HAND = {
+    "young": """
+        butterfly caterpillar, cat kitten, bear cub, cow calf, deer fawn, dog puppy, duck duckling, eagle eaglet,
+        eel elver, fly maggot, frog tadpole, goat kid, goose gosling, hare leveret, hen chick, horse foal,
+        kangaroo joey, owl owlet, pig piglet, pigeon squab, rabbit bunny, salmon smolt, sheep lamb, swan cygnet""",
+    "capitals": """
+        austria vienna, canada ottawa, china beijing, cuba havana, denmark copenhagen, egypt cairo, finland helsinki,
+        france paris, germany berlin, ghana accra, greece athens, italy rome, japan tokyo, kenya nairobi, norway oslo,
+        poland warsaw, portugal lisbon, russia moscow, spain madrid, sweden stockholm, thailand bangkok, turkey ankara,
+        ukraine kyiv, vietnam hanoi""",
+    "german": """
+        apple apfel, bread brot, cabbage kohl, carrot möhre, cheese käse, cherry kirsche, cucumber gurke, egg ei,
+        grape traube, honey honig, lemon zitrone, meat fleisch, milk milch, nut nuss, onion zwiebel, pear birne,
+        pepper pfeffer, plum pflaume, potato kartoffel, rice reis, salt salz, strawberry erdbeere, sugar zucker,
+        water wasser""",
+    "symbols": """
+        aluminium al, antimony sb, barium ba, bismuth bi, calcium ca, chromium cr, cobalt co, copper cu, gold au,
+        iron fe, lead pb, lithium li, magnesium mg, manganese mn, mercury hg, nickel ni, palladium pd, platinum pt,
+        radium ra, silver ag, sodium na, tin sn, titanium ti, zinc zn""",
+}
+PARTNERS = {name: dict(pair.split() for pair in text.split(",")) for name, text in BY_HAND.items()}
+TENS = {20: "twenty", 30: "thirty", 40: "forty", 50: "fifty"}
+SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+PARTNERS["numbers"] = {str(number): word for number, word in (*enumerate(SMALL), *TENS.items())}
+# What is said for a letter begins with it.
+PARTNERS["spelling"] = {
+    word[0]: word
+    for word in (
+        "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec "
+        "romeo sierra tango uniform victor whiskey xray yankee zulu"
     ).split()
-)
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+}
+EVERY_PARTNER = {word: partner for pairs in PARTNERS.values() for word, partner in pairs.items()}
+OWNER = {word: name for name, pairs in PARTNERS.items() for word in pairs}
 
 
-def by_hand(task, payload):
-    """The experts' rules once more, written apart from the example's."""
-    match task:
-        case "reverse":
-            return "".join(payload[place] for place in range(len(payload) - 1, -1, -1))
-        case "alphabetical":
-            return "".join(letter * payload.count(letter) for letter in ALPHABET)
-        case "capitals":
-            return "".join(chr(ord(letter) - 32) for letter in payload)
-        case "following":
-            return payload.translate(str.maketrans(ALPHABET, ALPHABET[1:] + "a"))
-        case "vowels":
-            return str(len(re.findall("[aeiou]", payload)))
-        case "alternate":
-            return "".join(letter for place, letter in enumerate(payload) if place % 2 == 0)
-        case "french":
-            return " ".join(FRENCH[word] for word in payload.split(" "))
-        case "plural":
-            return re.sub("(?<=[sxz])s$", "es", re.sub("(?<=[^aeiou])ys$", "ies", payload + "s"))
+def test_every_word_of_a_lexicon_has_the_partner_written_by_hand():
+    assert {task.name: dict(task.partners) for task in tasks.TASKS} == PARTNERS
 
 
-WORKED = [
-    ("reverse", "kitn", "ntik"),
-    ("alphabetical", "banal", "aabln"),
-    ("capitals", "kitn", "KITN"),
-    ("following", "azby", "bacz"),
-    ("vowels", "audio", "4"),
-    ("vowels", "xyzbc", "0"),
-    ("alternate", "abcde", "ace"),
-    ("alternate", "abcd", "ac"),
-    ("french", "horse fish horse", "cheval poisson cheval"),
-    ("plural", "cat", "cats"),
-    ("plural", "box", "boxes"),
-    ("plural", "gas", "gases"),
-    ("plural", "buz", "buzes"),
-    ("plural", "spy", "spies"),
-    ("plural", "day", "days"),
-    ("copy", "kitn", "kitn"),
-    ("first", "kitn", "k"),
-    ("last", "kitn", "n"),
-    ("tail", "kitn", "itn"),
-    ("rotate", "kitn", "itnk"),
-    ("ends", "kitn", "nitk"),
-    ("double", "kit", "kkiitt"),
-    ("earliest", "kitn", "i"),
-    ("latest", "kitn", "t"),
-    ("length", "kitn", "4"),
-    ("small", "KITN", "kitn"),
-    ("before", "kab", "jza"),
-]
-
-
-@pytest.mark.parametrize(("task", "payload", "answer"), WORKED)
-def test_a_task_answers_as_worked_by_hand(task, payload, answer):
-    assert tasks.TASKS[task].answer(payload) == answer
-
-
-def test_every_task_has_a_worked_example():
-    assert {task for task, _, _ in WORKED} == set(tasks.TASKS)
-
-
-def test_every_word_of_the_lexicon_has_its_translation():
-    assert dict(tasks.LEXICON) == FRENCH
-
-
-def test_no_wording_is_shared_by_two_tasks():
-    wordings = [wording for task in tasks.TASKS.values() for wording in task.wordings]
-    assert len(wordings) == len(set(wordings))
+def test_no_word_stands_for_two_things_and_none_is_a_kind_or_a_mark():
+    words = [word for kind in tasks.LEXICON.values() for word in kind]
+    told = [*words, *tasks.LEXICON, tasks.COPY, tasks.KINDS]
+    assert len(told) == len(set(told))
+    assert all(len(kind) >= 20 for kind in tasks.LEXICON.values())
 
 
 def test_there_are_enough_experts_and_compositions_of_two_of_them():
-    names = {task.name for task in tasks.EXPERTS}
-    fixed = [pair for pair in tasks.COMPOSITIONS.values() if pair is not None]
-    assert len(names) == len(tasks.EXPERTS) >= 6
-    assert len(fixed) >= 3
-    assert all(len(set(pair)) == 2 and set(pair) <= names for pair in fixed)
-    assert not any(task.name in names for task in tasks.GENERAL)
+    names = {task.name for task in tasks.TASKS}
+    pairs = [pair for pair in tasks.COMPOSITIONS.values() if pair is not None]
+    assert len(names) == len(tasks.TASKS) >= 6
+    assert len(pairs) >= 3
+    assert all(len(set(pair)) == 2 and set(pair) <= names for pair in pairs)
 
 
-def parts_of(item):
-    """Wording and payload of each part, read from the input's text alone."""
-    assert item.text.endswith(" =")
-    return [tuple(part.split(": ")) for part in item.text[:-2].split("; ")]
-
-
-@pytest.mark.parametrize("name", [task.name for task in tasks.EXPERTS])
-def test_inputs_of_one_task_ask_for_it_once_or_twice_and_carry_the_right_answers(name):
+@pytest.mark.parametrize("name", PARTNERS)
+def test_inputs_of_one_task_have_its_words_alone_none_twice_and_the_right_answers(name):
     chance = random.Random(7)
     items = [tasks.single(name, chance, held_out=True) for _ in range(60)]
-    assert {len(item.pieces) for item in items} == {1, 2}
+    assert {len(item.words) for item in items} == {3, 4, 5, 6}
     for item in items:
-        assert item.tasks == (name,) * len(item.pieces)
-        for (wording, payload), piece in zip(parts_of(item), item.pieces, strict=True):
-            assert wording in tasks.TASKS[name].wordings
-            assert piece == by_hand(name, payload)
+        assert item.tasks == (name,) * len(item.words)
+        assert len(set(item.words)) == len(item.words)
+        assert item.answers == tuple(PARTNERS[name][word] for word in item.words)
+        assert item.text == " ".join(item.words) + " ="
 
 
 @pytest.mark.parametrize("name", tasks.COMPOSITIONS)
-def test_a_composition_asks_two_tasks_in_either_order_and_carries_both_right_answers(name):
+def test_a_composition_has_halves_in_either_order_or_three_domains_in_turn(name):
     chance = random.Random(11)
-    asked = {wording: task.name for task in tasks.EXPERTS for wording in task.wordings}
     orders = set()
     for _ in range(60):
         item = tasks.composed(name, chance, held_out=True)
-        parts = parts_of(item)
-        assert item.tasks == tuple(asked[wording] for wording, _ in parts)
-        assert item.pieces == tuple(by_hand(asked[wording], payload) for wording, payload in parts)
-        assert item.answer == ";".join(item.pieces)
+        assert item.tasks == tuple(OWNER[word] for word in item.words)
+        assert item.answers == tuple(EVERY_PARTNER[word] for word in item.words)
+        assert item.answer == " ".join(item.answers)
         orders.add(item.tasks)
-    assert all(first != second for first, second in orders)
-    if tasks.COMPOSITIONS[name]:
-        assert orders == {tasks.COMPOSITIONS[name], tasks.COMPOSITIONS[name][::-1]}
+    pair = tasks.COMPOSITIONS[name]
+    if pair:
+        first, second = pair
+        assert orders == {(first,) * 3 + (second,) * 3, (second,) * 3 + (first,) * 3}
     else:
+        assert all(len(set(order)) == 3 and order[:3] == order[3:] for order in orders)
         assert len(orders) > 20
 
 
-def test_the_text_of_two_parts_is_as_the_documentation_shows_it():
-    assert tasks.ask([("spell backwards", "kitn"), ("french words", "horse fish")]) == (
-        "spell backwards: kitn; french words: horse fish ="
-    )
-
-
-def test_no_payload_of_training_is_ever_tested():
-    payloads = {
-        held_out: {
-            payload
-            for number in range(150)
-            for _, payload in parts_of(tasks.composed("mixed", random.Random(number), held_out=held_out))
-        }
+def test_no_input_of_training_is_ever_tested():
+    inputs = {
+        held_out: {tasks.single("young", random.Random(number), held_out=held_out).words for number in range(300)}
         for held_out in (True, False)
     }
-    assert len(payloads[True]) > 200
-    assert not payloads[True] & payloads[False]
-    assert all(tasks.is_held_out(payload) for payload in payloads[True])
+    assert len(inputs[True]) > 200
+    assert not inputs[True] & inputs[False]
+    assert all(tasks.is_held_out(words) for words in inputs[True])
 
 
-def test_letters_never_spell_a_word_that_the_tokenizer_would_take_as_one_token():
-    assert not tasks.is_spelled("xkingx")
-    assert tasks.is_spelled("xkinxg")
-    chance = random.Random(3)
-    texts = [tasks.draw(tasks.TASKS["reverse"], chance, held_out=False) for _ in range(300)]
-    assert not [text for pair in texts for text in pair for word in tasks.WORDS if word in text]
-
-
-ASKED = Item("spell backwards: kitn; french words: horse fish =", ("ntik", "cheval poisson"), ("reverse", "french"))
+ITEM = Item(("dog", "cat", "iron", "zinc"), ("puppy", "kitten", "fe", "zn"), ("young",) * 2 + ("symbols",) * 2)
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"),
+    ("answer", "whole", "words"),
     [
-        ("ntik;chevalpoisson", (True, True)),
-        (" ntik ; cheval poisson ", (True, True)),
-        ("ntik;poissoncheval", (True, False)),
-        ("ntki;chevalpoisson", (False, True)),
-        ("chevalpoisson;ntik", (False, False)),
-        ("ntik", (True, False)),
-        ("ntik;", (True, False)),
-        ("ntik;chevalpoisson;", (True, False)),
-        ("ntik;chevalpoisson;ntik", (True, False)),
-        ("ntik;ntik;chevalpoisson", (True, False)),
-        ("NTIK;chevalpoisson", (False, True)),
-        ("", (False, False)),
+        ("puppy kitten fe zn", 1, 4),
+        (" puppy  kitten fe zn ", 1, 4),
+        ("puppy kitten fe zn zn", 0, 4),
+        ("puppy kitten fe", 0, 3),
+        ("kitten fe zn", 0, 0),
+        ("puppy cat iron zn", 0, 2),
+        ("kitten puppy fe zn", 0, 2),
+        ("", 0, 0),
     ],
 )
-def test_each_piece_of_an_answer_counts_in_its_own_place(answer, right):
-    assert tasks.right_pieces(answer, ASKED) == right
+def test_each_word_of_an_answer_counts_in_its_own_place(answer, whole, words):
+    assert tasks.scored([ITEM], [answer]) == {"whole": whole, "words": words / 4}
 
 
-def test_a_score_counts_whole_answers_and_pieces_apart():
-    single = Item("count vowels: audio =", ("4",), ("vowels",))
-    given = ["ntik;chevalpoisson", "ntik;cheval", "4", "3"]
-    assert tasks.scored([ASKED, ASKED, single, single], given) == {"whole": 2 / 4, "pieces": 4 / 6}
+def test_a_score_counts_whole_answers_and_words_apart():
+    short = Item(("dog",), ("puppy",), ("young",))
+    assert tasks.scored([ITEM, short, short], ["puppy", "puppy", "dog"]) == {"whole": 1 / 3, "words": 2 / 6}
 
 
-def test_a_token_that_a_piece_is_written_after_belongs_to_that_piece():
-    read = ["spell", "backwards", ":", "k", "i", ";", "count", "vowels", ":", "a", "="]
-    written = ["i", "k", ";", "1", "<eos>", "<pad>"]
-    assert tasks.segments([*read, *written]) == [0] * 6 + [1] * 4 + [2] + [2, 2] + [3, 3] + [-1, -1]
+def test_what_is_read_last_before_a_word_is_written_belongs_to_that_word():
+    read = ["young", "young", "symbols", "symbols"]
+    written = {"=": "young", "puppy": "young", "kitten": "symbols", "fe": "symbols", "zn": "symbols"}
+    assert tasks.in_charge(ITEM) == (*read, *written.values())
 
 
 def test_spread_is_the_mean_and_the_deviation_over_seeds_in_per_cent():
@@ -204,45 +144,58 @@ def test_spread_is_the_mean_and_the_deviation_over_seeds_in_per_cent():
     assert report.spread([0.125]) == "12.5"
 
 
-def test_the_base_is_taught_general_tasks_and_only_the_form_of_those_asked_of_experts():
+def test_the_base_is_taught_to_copy_and_to_name_kinds_and_never_a_partner():
     from examples.token_routing import base
 
     chance = random.Random(5)
-    general = {wording: task for task in tasks.GENERAL for wording in task.wordings}
-    seen = set()
-    for _ in range(200):
+    kind_of = {word: kind for kind, words in tasks.LEXICON.items() for word in words}
+    marks, kinds, neighbours = set(), set(), []
+    for _ in range(300):
         lesson = base.lesson(chance)
-        for (wording, payload), piece in zip(parts_of(lesson), lesson.pieces, strict=True):
-            assert piece == (general[wording].answer(payload) if wording in general else payload)
-            assert not tasks.is_held_out(payload)
-            seen.add(wording in general)
-    assert seen == {True, False}
+        own = tuple(kind_of[word] for word in lesson.words)
+        assert lesson.answers == {"=": lesson.words, "?": own}[lesson.mark]
+        assert not tasks.is_held_out(lesson.words)
+        assert len(set(lesson.words)) == len(lesson.words)
+        marks.add(lesson.mark)
+        kinds.update(own)
+        neighbours += [left == right for left, right in pairwise(own)]
+    assert marks == {"=", "?"}
+    assert kinds == set(tasks.LEXICON)
+    # Seven in ten go on with the kind, and one in twelve of the others by chance.
+    assert 0.65 < sum(neighbours) / len(neighbours) < 0.80
 
 
-def test_known_words_are_one_token_and_all_else_is_spelled(tmp_path):
+def test_every_word_is_one_token(tmp_path):
     import transformers
 
     from examples.token_routing import base
 
     base.tokenizer().save_pretrained(tmp_path)
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    text = "spell backwards: kitn; french words: horse fish ="
-    assert tokens.tokenize(text) == (
-        ["spell", "backwards", ":", "k", "i", "t", "n", ";", "french", "words", ":", "horse", "fish", "="]
+    assert tokens.tokenize("dog 12 möhre = puppy") == ["dog", "12", "möhre", "=", "puppy"]
+    assert tokens.decode(tokens("puppy twelve carrot <eos>")["input_ids"], skip_special_tokens=True) == (
+        "puppy twelve carrot"
     )
-    assert tokens.decode(tokens("ntik; cheval 42 XY")["input_ids"]) == "ntik;cheval42XY"
-    assert tokens.unk_token_id not in tokens(" ".join([*tasks.WORDS, *tasks.LETTERS]))["input_ids"]
+    words = [*EVERY_PARTNER, *EVERY_PARTNER.values(), *tasks.LEXICON, "=", "?"]
+    found = tokens(" ".join(words))["input_ids"]
+    assert len(found) == len(set(found)) == len(words)
+    assert tokens.unk_token_id not in found
 
 
-def test_a_batch_has_its_loss_on_answers_and_their_end_alone():
+@pytest.mark.parametrize(
+    ("learns_inputs", "learnt"),
+    [
+        (False, [["puppy", "<eos>"], ["puppy", "kitten", "fe", "zn", "<eos>"]]),
+        (True, [["dog", "=", "puppy", "<eos>"], [*ITEM.words, "=", *ITEM.answers, "<eos>"]]),
+    ],
+)
+def test_a_batch_has_its_loss_on_answers_and_their_end_or_on_inputs_too(learns_inputs, learnt):
     from examples.token_routing import base
 
     tokens = base.tokenizer()
-    items = [Item("count vowels: audio =", ("4",), ("vowels",)), ASKED]
-    batch = base.batch(tokens, items)
-    learnt = [
+    batch = base.batch(tokens, [Item(("dog",), ("puppy",), ("young",)), ITEM], learns_inputs=learns_inputs)
+    assert learnt == [
         tokens.convert_ids_to_tokens(ids[labels != base.IGNORED].tolist())
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
-    assert learnt == [["4", "<eos>"], ["n", "t", "i", "k", ";", "cheval", "poisson", "<eos>"]]
-    assert batch["attention_mask"].sum(dim=1).tolist() == [11, 22]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [4, 10]
