@@ -25,6 +25,13 @@ def seed_of(name: str, seed: int) -> int:
     return zlib.crc32(f"{name} {seed}".encode())
 
 
+def lesson(task: tasks.Task, chance: random.Random) -> tasks.Item:
+    """What an expert and its gates are trained on: inputs of its task alone, and as often words among others."""
+    if chance.random() < 0.5:
+        return tasks.single(task.name, chance, held_out=False)
+    return tasks.among_others(task.name, chance)
+
+
 def train(folder: Path, tokens: Any, task: tasks.Task, *, base_folder: Path, schedule: Schedule, seed: int) -> float:
     """Trains the task's expert on the saved base and writes it to `folder`; the last loss."""
     own = seed_of(task.name, seed)
@@ -36,7 +43,7 @@ def train(folder: Path, tokens: Any, task: tasks.Task, *, base_folder: Path, sch
     model.peft_config["default"].base_model_name_or_path = base.NAME
 
     def drawn(chance: random.Random, count: int) -> dict[str, torch.Tensor]:
-        return base.batch(tokens, [tasks.single(task.name, chance, held_out=False) for _ in range(count)])
+        return base.batch(tokens, [lesson(task, chance) for _ in range(count)])
 
     loss = base.optimise(model, drawn, schedule=schedule, seed=own)
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -49,7 +56,7 @@ def train_gates(
     """PHATGOOSE's gates of an expert by `moerge train-gates`, on fresh inputs of its own task, written to `data`."""
     own = seed_of(f"gates {task.name}", seed)
     chance = random.Random(own)
-    items = [tasks.single(task.name, chance, held_out=False) for _ in range(lines)]
+    items = [lesson(task, chance) for _ in range(lines)]
     data.parent.mkdir(parents=True, exist_ok=True)
     data.write_text("".join(json.dumps({"input": item.text, "output": item.answer}) + "\n" for item in items))
     asked = {"--base": base_folder, "--data": data, "--out": folder / GATES, "--steps": steps, "--seed": own}

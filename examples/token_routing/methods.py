@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import peft
 import torch
 
@@ -27,6 +28,7 @@ from moerge.tensors import adapters
 BATCH = 100
 MOST_TOKENS = 2 * tasks.HALF + 2  # The longest answer, its end, and one token too many.
 Answers = list[str]
+Weights = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -147,43 +149,38 @@ def oracle(model: Any, tokens: Any, items: Sequence[tasks.Item]) -> Answers:
     ]
 
 
-def right_share(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]) -> float:
-    """The share of the weight that goes to the expert in charge of each token, the mean of tokens and modules.
+def watched(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]) -> Weights:
+    """(inputs, length, experts): each expert's weight at each token of inputs and right answers, the mean of modules.
 
-    As in `use_by_half`, the model reads the inputs with their right answers.
+    The experts are in the order of `model.experts`. Shorter inputs are padded on the right.
     """
-    weights, number = _weights(model, tokens, items)
+    given = base.batch(tokens, items)
+    with model.watching() as record:
+        model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+    found = torch.stack([passes[0].double() for passes in record.values()]).mean(dim=0)
+    return np.asarray(found.numpy())
+
+
+def right_share(weights: Weights, names: Sequence[str], items: Sequence[tasks.Item]) -> float:
+    """The share of the weight that goes to the expert in charge of each token; `names` are the experts'."""
     shares = [
-        weights[row, place, number[name]]
+        weights[row, place, names.index(name)]
         for row, item in enumerate(items)
         for place, name in enumerate(tasks.in_charge(item))
     ]
     return float(np.mean(shares))
 
 
-def use_by_half(model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]) -> dict[str, dict[str, float]]:
-    """{segment: shares of the first half's expert and the second half's}, the mean of tokens and modules."""
-    weights, number = _weights(model, tokens, items)
-    rows = np.arange(len(items))
-    told = {}
+def use_by_half(weights: Weights, names: Sequence[str], items: Sequence[tasks.Item]) -> dict[str, dict[str, float]]:
+    """{segment: shares of the first half's expert and the second half's} for inputs of two halves."""
+    told: dict[str, dict[str, float]] = {}
     for turn, segment in enumerate(tasks.SEGMENTS):
         here = weights[:, turn * tasks.HALF : (turn + 1) * tasks.HALF].mean(axis=1)
         told[segment] = {
-            half: float(here[rows, [number[item.tasks[place]] for item in items]].mean())
+            half: float(np.mean([here[row, names.index(item.tasks[place])] for row, item in enumerate(items)]))
             for half, place in (("first", 0), ("second", -1))
         }
     return told
-
-
-def _weights(
-    model: RoutedModel, tokens: Any, items: Sequence[tasks.Item]
-) -> tuple[np.ndarray[Any, Any], dict[str, int]]:
-    """(inputs, length, experts): the weight of each expert at each token, the mean of all modules; experts' numbers."""
-    given = base.batch(tokens, items)
-    with model.watching() as record:
-        model(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
-    found = torch.stack([passes[0].float() for passes in record.values()]).mean(dim=0)
-    return np.asarray(found.numpy()), {name: place for place, name in enumerate(model.experts)}
 
 
 def batched(items: Sequence[tasks.Item], answer: Callable[[Sequence[tasks.Item]], Answers]) -> Answers:

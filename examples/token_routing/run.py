@@ -199,9 +199,10 @@ def _use(
         few = items[: methods.BATCH]
         if strategy == "glider":
             model.set_scores(retrieval.cosines(few))
-        told["right"][name] = methods.right_share(model, place.tokens, few)
+        weights = methods.watched(model, place.tokens, few)
+        told["right"][name] = methods.right_share(weights, model.experts, few)
         if tasks.COMPOSITIONS.get(name):
-            told["halves"][name] = methods.use_by_half(model, place.tokens, few)
+            told["halves"][name] = methods.use_by_half(weights, model.experts, few)
     return told
 
 

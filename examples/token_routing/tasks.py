@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 COPY, KINDS = "=", "?"  # What ends an input, and says whether the words or the names of their kinds are asked for.
 HALF = 3  # Words of a domain in an input of two domains.
+OWN = 0.5  # How often a word among others is of the expert's own domain.
 SEGMENTS = ("first half read", "second half read", "first half written", "second half written")
 # Inputs with this remainder are for tests alone: neither base, experts nor gates see them in training.
 _HELD_OUT, _OF = 0, 5
@@ -156,6 +157,18 @@ def item(names: Sequence[str], chance: random.Random, *, held_out: bool) -> Item
 def single(name: str, chance: random.Random, *, held_out: bool) -> Item:
     """An input of one task alone."""
     return item([name] * chance.randint(3, 2 * HALF), chance, held_out=held_out)
+
+
+def among_others(name: str, chance: random.Random) -> Item:
+    """An input for training: words of any other kinds among those of the task, answered as the base does, copied."""
+    task = BY_NAME[name]
+    others = [kind for kind in LEXICON if kind != task.kinds[0]]
+    while True:
+        count = chance.randint(3, 2 * HALF)
+        kinds = [task.kinds[0] if chance.random() < OWN else chance.choice(others) for _ in range(count)]
+        words = drawn(kinds, chance)
+        if not is_held_out(words):
+            return Item(words, tuple(task.partners.get(word, word) for word in words))
 
 
 def composed(name: str, chance: random.Random, *, held_out: bool) -> Item:

@@ -98,6 +98,33 @@ def test_a_composition_has_halves_in_either_order_or_three_domains_in_turn(name)
         assert len(orders) > 20
 
 
+def test_among_others_an_expert_answers_its_own_words_and_copies_those_of_every_other_kind():
+    chance = random.Random(13)
+    seen = set()
+    for _ in range(300):
+        item = tasks.among_others("symbols", chance)
+        assert item.mark == "="
+        assert item.answers == tuple(PARTNERS["symbols"].get(word, word) for word in item.words)
+        assert not tasks.is_held_out(item.words)
+        seen.update(item.words)
+    assert seen > set(PARTNERS["symbols"])
+    assert {kind for kind, words in tasks.LEXICON.items() if seen & set(words)} == set(tasks.LEXICON)
+
+
+def test_half_of_what_an_expert_is_trained_on_is_its_task_alone():
+    from examples.token_routing import experts
+
+    chance = random.Random(17)
+    alone = 0
+    for _ in range(400):
+        item = experts.lesson(tasks.BY_NAME["german"], chance)
+        alone += set(item.words) <= set(PARTNERS["german"])
+        assert item.answers == tuple(PARTNERS["german"].get(word, word) for word in item.words)
+        assert not tasks.is_held_out(item.words)
+    # Among others, too, three to six words are all its own in 1/4 * (1/8 + 1/16 + 1/32 + 1/64) = 6 % of the cases.
+    assert 0.45 < alone / 400 < 0.62
+
+
 def test_no_input_of_training_is_ever_tested():
     inputs = {
         held_out: {tasks.single("young", random.Random(number), held_out=held_out).words for number in range(300)}
@@ -137,6 +164,41 @@ def test_what_is_read_last_before_a_word_is_written_belongs_to_that_word():
     read = ["young", "young", "symbols", "symbols"]
     written = {"=": "young", "puppy": "young", "kitten": "symbols", "fe": "symbols", "zn": "symbols"}
     assert tasks.in_charge(ITEM) == (*read, *written.values())
+
+
+# The weights of two experts, symbols and young, at the 13 tokens up to the last word of an answer of six.
+SYMBOLS = [[0.0, 0.1, 0.2, 0.6, 0.7, 0.8, 0.3, 0.4, 0.5, 0.9, 0.9, 0.9, 1.0]]
+NAMES = ("symbols", "young")
+HALVES = Item(
+    ("dog", "cat", "hen", "iron", "zinc", "tin"),
+    ("puppy", "kitten", "chick", "fe", "zn", "sn"),
+    ("young",) * 3 + ("symbols",) * 3,
+)
+
+
+def test_the_use_by_half_is_the_mean_of_the_weights_over_the_tokens_that_are_read_and_written_for_it():
+    import numpy as np
+
+    from examples.token_routing import methods
+
+    weights = np.stack([np.array(SYMBOLS), 1 - np.array(SYMBOLS)], axis=-1)
+    assert methods.use_by_half(weights, NAMES, [HALVES]) == {
+        "first half read": {"first": pytest.approx(0.9), "second": pytest.approx(0.1)},
+        "second half read": {"first": pytest.approx(0.3), "second": pytest.approx(0.7)},
+        "first half written": {"first": pytest.approx(0.6), "second": pytest.approx(0.4)},
+        "second half written": {"first": pytest.approx(0.1), "second": pytest.approx(0.9)},
+    }
+
+
+def test_the_right_experts_share_is_the_mean_over_tokens_up_to_the_last_word_without_padding():
+    import numpy as np
+
+    from examples.token_routing import methods
+
+    weights = np.stack([np.array(SYMBOLS), 1 - np.array(SYMBOLS)], axis=-1)
+    padded = np.concatenate([weights, np.full((1, 3, 2), 7.0)], axis=1)
+    # 1 + .9 + .8 and 1 - .3, - .4, - .5 for the words of young; .6 + .7 + .8 + 3 * .9 + 1 for those of symbols.
+    assert methods.right_share(padded, NAMES, [HALVES]) == pytest.approx((2.7 + 1.8 + 2.1 + 2.7 + 1.0) / 13)
 
 
 def test_spread_is_the_mean_and_the_deviation_over_seeds_in_per_cent():
