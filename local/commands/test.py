@@ -15,7 +15,7 @@ DESCRIPTION = """Runs the tests. All arguments but --help go to pytest; besides 
   --golden-dir DIR                     golden cases of DIR: bin/test tests/golden --golden-dir DIR
   --golden-allow-unbuilt               merge methods that are not built are skipped there
 
-Whoever names no path gets all tests, in two processes: one has the tests of the whole hub, the other begins with the
+Whoever names no path gets all tests, in three processes: one has the tests of the whole hub, the others begin with the
 rest (-n 0 for one process).
 The run starts its own PostgreSQL and Redis; DATABASE_URL and BROKER_URL name others.
 CHROMIUM_PATH names the browser. It can run beside a running hub."""
@@ -45,7 +45,7 @@ def _processes(arguments: Sequence[str]) -> list[str]:
     """pytest-xdist's options for a run of everything; a part of the tests is sooner done in one process."""
     is_part = any(Path(argument.partition("::")[0]).exists() for argument in arguments)
     is_chosen = any(argument.startswith(("--suite", "--collect-only", "-n", "--pdb")) for argument in arguments)
-    return [] if is_part or is_chosen else ["-n", "2", "--dist", "loadgroup"]
+    return [] if is_part or is_chosen else ["-n", "3", "--dist", "loadgroup"]
 
 
 def _from_root(argument: str) -> str:

@@ -281,6 +281,8 @@ def test_kinship_does_not_see_the_gauge(seed):
 @given(seed=seeds, given_weights=weights, absent=st.integers(0, 2))
 def test_a_missing_module_is_a_lora_of_zeros(method, seed, given_weights, absent):
     """LoRA-LEGO counts the units of an expert, and one of zeros is one more."""
+    # The weights of those that have the module may cancel, which some methods refuse.
+    assume(abs(sum(given_weights) - given_weights[absent]) > 0.01)
     absent = min(absent, (SPECS[method].most_experts or 3) - 1)
     experts = low_rank(seed)
     short = [dict(expert) for expert in experts]
