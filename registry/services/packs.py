@@ -272,7 +272,8 @@ def _check_kinds(rows: Sequence[_Row], kinds: Sequence[str]) -> None:
         if not having[kind]
     ]
     if faults:
-        raise PackRefused("None of these experts has what was asked for.", faults=faults)
+        lacking = " and ".join(missing[kind][0] for kind in kinds if not having[kind])
+        raise PackRefused(f"None of these experts has {lacking}.", faults=faults)
 
 
 def _etag(base: BaseModel, rows: Sequence[_Row], kinds: Sequence[str], modules: Sequence[str], encoder: str) -> str:
