@@ -28,7 +28,7 @@ GRAPH_LIMIT = 500_000
 _LINKS = 32
 _EF_CONSTRUCTION = 160
 _EF_SEARCH = 224
-_PROBES = 64
+_PROBES = 32
 # faiss asks for at least 39 rows a list to place the lists.
 _TRAINING_ROWS_PER_LIST = 64
 _SEED = 20_231
