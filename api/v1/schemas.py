@@ -210,29 +210,28 @@ class RouteFilters(StrictSerializer):
     )
 
 
-class RouteRequest(StrictSerializer):
-    text = s.CharField(required=False, trim_whitespace=False)
-    texts = s.ListField(child=s.CharField(trim_whitespace=False), required=False, min_length=1, max_length=32)
+class RouteWish(StrictSerializer):
+    """What holds of any query: among whom to look, how many to name, and how good they must be."""
+
     base_model = s.CharField(required=False, allow_null=True, max_length=200)
     top_k = s.IntegerField(required=False, default=10, min_value=1, max_value=50)
     filters = RouteFilters(required=False)
     min_score = s.FloatField(required=False, allow_null=True, min_value=0, max_value=1)
     min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
     explain = s.BooleanField(required=False, default=False)
+
+
+class RouteRequest(RouteWish):
+    text = s.CharField(required=False, trim_whitespace=False)
+    texts = s.ListField(child=s.CharField(trim_whitespace=False), required=False, min_length=1, max_length=32)
     strategy = s.CharField(required=False, max_length=40)
 
 
-class RouteVectorRequest(StrictSerializer):
+class RouteVectorRequest(RouteWish):
     """A vector that the caller made by the hub's own encoder; only meaning is compared."""
 
     vector = s.ListField(child=s.FloatField(), max_length=4096, help_text="As many values as the encoder's, length 1.")
     embedding_model = s.CharField(max_length=120, help_text="As `POST /api/v1/route` names it.")
-    base_model = s.CharField(required=False, allow_null=True, max_length=200)
-    top_k = s.IntegerField(required=False, default=10, min_value=1, max_value=50)
-    filters = RouteFilters(required=False)
-    min_score = s.FloatField(required=False, allow_null=True, min_value=0, max_value=1)
-    min_seq = s.IntegerField(required=False, allow_null=True, min_value=0)
-    explain = s.BooleanField(required=False, default=False)
 
 
 class RouteResult(s.Serializer[Any]):

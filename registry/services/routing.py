@@ -70,19 +70,18 @@ def route(
     `degraded` tells that words alone decided because the encoder is still loading; `embedding_model` is None then.
     Raises QueryInvalid, TooLarge, BaseUnknown, and IndexNotReady when the router is away or behind `min_seq`.
     """
-    asked = Asked(
+    asked = _asked(
+        viewer,
         texts=_texts(text, texts),
-        base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
-        top_k=_number("/top_k", top_k, low=1, high=MAX_RESULTS),
+        base_model=base_model,
+        top_k=top_k,
+        filters=filters,
         min_score=min_score,
-        min_seq=_published(min_seq),
-        strategy=strategy,
+        min_seq=min_seq,
         explain=explain,
-        allow=_allowed(viewer, filters) if filters else None,
+        strategy=strategy,
     )
-    found = _ranked(viewer, asked)
-    about = {"index_seq": found["seq"], "embedding_model": found["embedding_model"]}
-    answers = [_answer(asked, ranking, found["strategy"]) for ranking in found["rankings"]]
+    answers, about = _answers(viewer, asked)
     if texts is None:
         return {**answers[0], **about}
     return {"answers": answers, **about}
@@ -106,21 +105,20 @@ def route_vector(
     """
     if embedding_model != (active := encoders.active().pk):
         raise _invalid("The vector is of another encoder.", "/embedding_model", embedding_model, active)
-    asked = Asked(
+    asked = _asked(
+        viewer,
         texts=("",),
-        base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
-        top_k=_number("/top_k", top_k, low=1, high=MAX_RESULTS),
+        base_model=base_model,
+        top_k=top_k,
+        filters=filters,
         min_score=min_score,
-        min_seq=_published(min_seq),
-        strategy=None,
+        min_seq=min_seq,
         explain=explain,
-        allow=_allowed(viewer, filters) if filters else None,
         vector=tuple(vector),
         embedding_model=embedding_model,
     )
-    found = _ranked(viewer, asked)
-    about = {"index_seq": found["seq"], "embedding_model": found["embedding_model"]}
-    return {**_answer(asked, found["rankings"][0], found["strategy"]), **about}
+    answers, about = _answers(viewer, asked)
+    return {**answers[0], **about}
 
 
 def router_health() -> dict[str, Any]:
@@ -311,6 +309,41 @@ def _log(expert: Expert, *, revision: Revision | None, card: dict[str, Any]) -> 
 
 
 # Asking, checking, answering
+
+
+def _asked(
+    viewer: Viewer,
+    *,
+    texts: tuple[str, ...],
+    base_model: str | None,
+    top_k: int,
+    filters: Mapping[str, Any] | None,
+    min_score: float | None,
+    min_seq: int | None,
+    explain: bool,
+    strategy: str | None = None,
+    vector: tuple[float, ...] | None = None,
+    embedding_model: str | None = None,
+) -> Asked:
+    return Asked(
+        texts=texts,
+        base=bases.resolve(base_model, pointer="/base_model") if base_model is not None else None,
+        top_k=_number("/top_k", top_k, low=1, high=MAX_RESULTS),
+        min_score=min_score,
+        min_seq=_published(min_seq),
+        strategy=strategy,
+        explain=explain,
+        allow=_allowed(viewer, filters) if filters else None,
+        vector=vector,
+        embedding_model=embedding_model,
+    )
+
+
+def _answers(viewer: Viewer, asked: Asked) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The answer for each text, and what is true of all: how far the index was, and whose vectors were compared."""
+    found = _ranked(viewer, asked)
+    answers = [_answer(asked, ranking, found["strategy"]) for ranking in found["rankings"]]
+    return answers, {"index_seq": found["seq"], "embedding_model": found["embedding_model"]}
 
 
 def _texts(text: str | None, texts: Sequence[str] | None) -> tuple[str, ...]:
